@@ -1,0 +1,1 @@
+"""Recipes and builder for the targets' bootloaders, kernels, root file systems and disks."""

@@ -1,0 +1,1 @@
+"""The A/B updater: artifact format, device client, management server, gateway."""
