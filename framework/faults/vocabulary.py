@@ -1,0 +1,183 @@
+"""Faults and triggers as values that read like a sentence.
+
+A fault says what goes wrong, a trigger says when; together they are armed on a device. A trigger
+is never a time: it is a place on the disk, a count of bytes, a line on the console, a state of the
+updater. `str()` of a fault with its trigger is the sentence in the report.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import evolve, field, frozen, validators
+
+MODELS = ("kept", "prefix", "subset", "torn", "lying")
+CacheModelName = Literal["kept", "prefix", "subset", "torn", "lying"]
+
+
+class FaultError(Exception):
+    """A fault that this rig can't do, or that makes no sense; nothing has run yet."""
+
+
+@frozen
+class SlotWrite:
+    """When this share of the image has been written into the passive slot."""
+
+    percent: float = field(validator=[validators.ge(0), validators.le(100)])
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"when {self.percent:g} % of the image is written"
+
+
+@frozen
+class BootEnvWrite:
+    """Inside a write to the boot environment, by the updater or the bootloader: the nth one."""
+
+    nth: int = field(default=1, validator=validators.ge(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"inside boot-environment write {self.nth}"
+
+
+@frozen
+class ConsoleSays:
+    """When a line of the console contains this text."""
+
+    text: str = field(validator=validators.min_len(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f'when the console says "{self.text}"'
+
+
+@frozen
+class AtState:
+    """When the updater enters this state."""
+
+    name: str = field(validator=validators.min_len(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"when the updater enters {self.name}"
+
+
+@frozen
+class Downloaded:
+    """When this share of the artifact has passed the proxy towards the device."""
+
+    percent: float = field(validator=[validators.ge(0), validators.le(100)])
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"when {self.percent:g} % of the artifact is downloaded"
+
+
+Trigger = SlotWrite | BootEnvWrite | ConsoleSays | AtState | Downloaded
+
+
+def slot_write(*, percent: float) -> Trigger:
+    """When `percent` of the image has been written into the passive slot."""
+    return SlotWrite(percent)
+
+
+def boot_env_write(nth: int = 1) -> Trigger:
+    """Inside the nth write to the boot environment."""
+    return BootEnvWrite(nth)
+
+
+def console(text: str) -> Trigger:
+    """When a console line contains `text`."""
+    return ConsoleSays(text)
+
+
+def state(name: str) -> Trigger:
+    """When the updater enters the state `name`."""
+    return AtState(name)
+
+
+def downloaded(*, percent: float) -> Trigger:
+    """When `percent` of the artifact has been downloaded."""
+    return Downloaded(percent)
+
+
+@frozen
+class PowerCut:
+    """The power goes, and the disk keeps what `model` says of the writes not yet flushed.
+
+    Attributes:
+        model: the cache model: `kept`, `prefix`, `subset`, `torn` or `lying`.
+        trigger: when.
+    """
+
+    model: CacheModelName = field(default="kept", validator=validators.in_(MODELS))
+    trigger: Trigger | None = None
+
+    def when(self, trigger: Trigger) -> PowerCut:
+        """The same fault, at this trigger."""
+        if isinstance(trigger, Downloaded):
+            raise FaultError("a power cut is triggered by the disk or the console, not the proxy")
+        return evolve(self, trigger=trigger)
+
+    def __str__(self) -> str:
+        """The fault as a sentence."""
+        return f"power cut {self.trigger} (cache: {self.model})"
+
+
+@frozen
+class NetworkDrop:
+    """The connection to the server fails.
+
+    Attributes:
+        kind: `fin`, `reset`, `stall`, `refuse` or `corrupt`, as in `framework.network`.
+        lasts_s: how long a stall or a refusal lasts; None: until the scenario restores it.
+        times: how often.
+        trigger: when.
+    """
+
+    kind: Literal["fin", "reset", "stall", "refuse", "corrupt"]
+    lasts_s: float | None = None
+    times: int = 1
+    trigger: Downloaded | None = None
+
+    def when(self, trigger: Trigger) -> NetworkDrop:
+        """The same fault, at this trigger."""
+        if not isinstance(trigger, Downloaded):
+            raise FaultError(
+                "a network fault is triggered by bytes through the proxy: downloaded()"
+            )
+        return evolve(self, trigger=trigger)
+
+    def __str__(self) -> str:
+        """The fault as a sentence."""
+        names = {
+            "fin": "connection closed",
+            "reset": "connection reset",
+            "stall": "network silent",
+            "refuse": "server refusing",
+            "corrupt": "a byte corrupted",
+        }
+        length = "" if self.lasts_s is None else f" for {self.lasts_s:g} s"
+        often = "" if self.times == 1 else f", {self.times} times"
+        return f"{names[self.kind]}{length} {self.trigger}{often}"
+
+
+@frozen
+class BitFlip:
+    """The disk stores one bit wrong, without a word, in a write to the passive slot."""
+
+    trigger: SlotWrite | None = None
+
+    def when(self, trigger: Trigger) -> BitFlip:
+        """The same fault, at this trigger."""
+        if not isinstance(trigger, SlotWrite):
+            raise FaultError("a bit flip strikes a place in the slot: slot_write()")
+        return evolve(self, trigger=trigger)
+
+    def __str__(self) -> str:
+        """The fault as a sentence."""
+        return f"disk flips a bit {self.trigger}"
+
+
+Fault = PowerCut | NetworkDrop | BitFlip

@@ -1,0 +1,23 @@
+"""What a run leaves for people: result files, the timeline picture, the offline HTML report."""
+
+from framework.report.html import write_report
+from framework.report.results import (
+    FindingRecord,
+    Moment,
+    OperationRecord,
+    RegionRecord,
+    ResultError,
+    ResultStore,
+    ScenarioResult,
+)
+
+__all__ = [
+    "FindingRecord",
+    "Moment",
+    "OperationRecord",
+    "RegionRecord",
+    "ResultError",
+    "ResultStore",
+    "ScenarioResult",
+    "write_report",
+]
