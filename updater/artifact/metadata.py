@@ -1,0 +1,223 @@
+"""The texts inside an artifact: version, manifest, header-info, type-info.
+
+Field names and meaning are those of the public Artifact v3 description. Parsing is strict about
+types and duplicates and lenient about unknown JSON fields, which newer writers may add. Nothing
+here reads or writes files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from updater.artifact.errors import ArtifactFormatError
+from updater.artifact.tar import check_name
+
+VERSION = b'{"format":"mender","version":3}'
+ROOTFS_IMAGE = "rootfs-image"
+DEFAULT_CLEARS = ("artifact_group", "rootfs_image_checksum", "rootfs-image.*")
+_MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+_MAX_MANIFEST_LINES = 10_000
+_MAX_TEXT = 4096
+
+Depends = Mapping[str, tuple[str, ...]]
+
+
+class HeaderInfo(NamedTuple):
+    """`header-info`: what the artifact is and which devices may take it."""
+
+    payload_types: tuple[str, ...]
+    provides: Mapping[str, str]
+    depends: Depends
+
+    @property
+    def artifact_name(self) -> str:
+        """The artifact's name; always present after parsing."""
+        return self.provides["artifact_name"]
+
+    @property
+    def device_types(self) -> tuple[str, ...]:
+        """The device types that may install it; never empty after parsing."""
+        return self.depends["device_type"]
+
+
+class TypeInfo(NamedTuple):
+    """`headers/0000/type-info`: what a payload provides, needs and clears.
+
+    `clears` is None when the artifact says nothing, which by the format means "all".
+    """
+
+    provides: Mapping[str, str]
+    depends: Depends
+    clears: tuple[str, ...] | None
+
+
+def parse_version(content: bytes) -> None:
+    """Refuse anything but Artifact version 3."""
+    value = _object(content, "version")
+    if value.get("format") != "mender":
+        raise ArtifactFormatError(f"not a Mender artifact: format is {value.get('format')!r}")
+    version = value.get("version")
+    if type(version) is not int or version != 3:
+        raise ArtifactFormatError(f"artifact version {version!r} is not supported; 3 is")
+    if len(value) != 2:
+        raise ArtifactFormatError("version: unknown fields")
+
+
+def parse_manifest(content: bytes) -> dict[str, str]:
+    """Return path → SHA-256 (hexadecimal) of every member that the manifest lists."""
+    try:
+        text = content.decode("ascii")
+    except UnicodeDecodeError as error:
+        raise ArtifactFormatError("manifest: not ASCII") from error
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    if not 0 < len(lines) <= _MAX_MANIFEST_LINES:
+        raise ArtifactFormatError(f"manifest: {len(lines)} lines")
+    entries: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        match = _MANIFEST_LINE.fullmatch(line)
+        if match is None:
+            raise ArtifactFormatError(
+                f"manifest line {number}: not 'sha256, two spaces, path': {line[:80]!r}"
+            )
+        checksum, name = match.groups()
+        check_name(name, f"manifest line {number}")
+        if name in entries:
+            raise ArtifactFormatError(f"manifest line {number}: {name!r} is listed twice")
+        entries[name] = checksum
+    return entries
+
+
+def format_manifest(entries: Mapping[str, str]) -> bytes:
+    """Return the manifest's bytes, sorted by path as `mender-artifact` does."""
+    return "".join(f"{entries[name]}  {name}\n" for name in sorted(entries)).encode("ascii")
+
+
+def parse_header_info(content: bytes) -> HeaderInfo:
+    """Parse `header-info`; artifact_name and device_type must be there."""
+    value = _object(content, "header-info")
+    payloads = value.get("payloads")
+    if not isinstance(payloads, list) or not payloads:
+        raise ArtifactFormatError("header-info: 'payloads' is missing or empty")
+    types = []
+    for payload in payloads:
+        kind = payload.get("type") if isinstance(payload, dict) else None
+        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", kind):
+            raise ArtifactFormatError(f"header-info: malformed payload type {kind!r}")
+        types.append(kind)
+    provides = _strings(value.get("artifact_provides"), "header-info: artifact_provides")
+    depends = _lists(value.get("artifact_depends"), "header-info: artifact_depends")
+    if not provides.get("artifact_name"):
+        raise ArtifactFormatError("header-info: no artifact_name")
+    if not depends.get("device_type"):
+        raise ArtifactFormatError("header-info: no device_type")
+    return HeaderInfo(tuple(types), provides, depends)
+
+
+def format_header_info(info: HeaderInfo) -> bytes:
+    """Return `header-info` as compact JSON."""
+    return _compact(
+        {
+            "payloads": [{"type": kind} for kind in info.payload_types],
+            "artifact_provides": dict(info.provides),
+            "artifact_depends": {key: list(values) for key, values in info.depends.items()},
+        }
+    )
+
+
+def parse_type_info(content: bytes, payload_type: str) -> TypeInfo:
+    """Parse `type-info`. `mender-artifact` 3.9 leaves the type empty for rootfs images."""
+    value = _object(content, "type-info")
+    kind = value.get("type")
+    if kind not in (None, "", payload_type):
+        raise ArtifactFormatError(f"type-info: type {kind!r} differs from {payload_type!r}")
+    clears = value.get("clears_artifact_provides")
+    if clears is not None:
+        clears = _list(clears, "type-info: clears_artifact_provides")
+    return TypeInfo(
+        _strings(value.get("artifact_provides"), "type-info: artifact_provides"),
+        _lists(value.get("artifact_depends"), "type-info: artifact_depends"),
+        clears,
+    )
+
+
+def format_type_info(info: TypeInfo, payload_type: str) -> bytes:
+    """Return `type-info` as compact JSON."""
+    value: dict[str, object] = {"type": payload_type}
+    if info.provides:
+        value["artifact_provides"] = dict(info.provides)
+    if info.depends:
+        value["artifact_depends"] = {key: list(values) for key, values in info.depends.items()}
+    if info.clears is not None:
+        value["clears_artifact_provides"] = list(info.clears)
+    return _compact(value)
+
+
+def check_text(value: str, what: str) -> str:
+    """Refuse a text that is empty, too long or unprintable; return it otherwise."""
+    if not value or len(value) > _MAX_TEXT or not value.isprintable():
+        raise ArtifactFormatError(
+            f"{what}: {value[:80]!r} is empty, longer than {_MAX_TEXT} characters or unprintable"
+        )
+    return value
+
+
+def _compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _object(content: bytes, what: str) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise ArtifactFormatError(f"{what}: a JSON key occurs twice")
+        return value
+
+    try:
+        value = json.loads(content, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactFormatError(f"{what}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArtifactFormatError(f"{what}: not a JSON object")
+    return value
+
+
+def _strings(value: object, what: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ArtifactFormatError(f"{what}: not an object")
+    for key, text in value.items():
+        check_text(key, what)
+        if not isinstance(text, str):
+            raise ArtifactFormatError(f"{what}: {key!r} is not a string")
+        if text:
+            check_text(text, f"{what}: {key}")
+    return value
+
+
+def _lists(value: object, what: str) -> dict[str, tuple[str, ...]]:
+    """Accept {"key": ["a", "b"]} and the equivalent {"key": "a"}."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ArtifactFormatError(f"{what}: not an object")
+    result = {}
+    for key, texts in value.items():
+        check_text(key, what)
+        if isinstance(texts, str):
+            texts = [texts]  # noqa: PLW2901
+        if texts is None:
+            continue
+        result[key] = _list(texts, f"{what}: {key}")
+    return result
+
+
+def _list(value: object, what: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ArtifactFormatError(f"{what}: not a list of strings")
+    return tuple(check_text(text, what) for text in value)
