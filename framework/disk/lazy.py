@@ -1,0 +1,271 @@
+"""A disk served lazily from its base image and the journal: nothing is materialised.
+
+Where each sector's content lies is one number in a map: 0 for the base image at the same
+offset, p + 1 for offset p of the journal file, ZERO and UNREADABLE for what has no bytes. The
+map of an untouched disk costs no memory (the kernel's zero pages), a copy of a 512 MiB disk's
+map 8 MiB, so a crash state costs a copy and a few assignments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from framework.disk.errors import BaseImageError, DiskError, JournalError, UnreadableSectorError
+from framework.disk.journal import SECTOR
+
+SectorMap = npt.NDArray[np.int64]
+"""For every sector of a device: where its content is (see the module's text)."""
+
+BASE: Final = 0
+ZERO: Final = -1
+UNREADABLE: Final = -2
+
+EXTRA: Final = 1 << 60
+"""Positions from here on are not in the journal, but in the bytes given to the `LazyDisk`."""
+
+_CHUNK: Final = 1 << 20
+_ZEROES: Final = bytes(_CHUNK)
+
+
+def new_map(size_bytes: int, base_size_bytes: int) -> SectorMap:
+    """The map of an untouched device; what lies beyond the base image reads as zeros."""
+    sectors = np.zeros(size_bytes // SECTOR, dtype=np.int64)
+    if size_bytes > base_size_bytes:
+        sectors[base_size_bytes // SECTOR :] = ZERO
+    return sectors
+
+
+def place(sectors: SectorMap, offset: int, length: int, position: int) -> None:
+    """Say that `length` bytes at `offset` lie at `position` of the journal."""
+    first = offset // SECTOR
+    sectors[first : (offset + length) // SECTOR] = np.arange(
+        position + 1, position + 1 + length, SECTOR
+    )
+
+
+def place_kind(sectors: SectorMap, offset: int, length: int, kind: int) -> None:
+    """Make a range ZERO, UNREADABLE or BASE."""
+    sectors[offset // SECTOR : (offset + length) // SECTOR] = kind
+
+
+def runs(part: SectorMap) -> Iterator[tuple[int, int, int]]:
+    """Split a slice of a map into (first, count, value) whose bytes are contiguous on one file."""
+    size = len(part)
+    if size <= 16:  # a request of a file system block: cheaper without numpy's overhead
+        values = part.tolist()
+        first = 0
+        while first < size:
+            value = values[first]
+            last = first + 1
+            step = SECTOR if value > 0 else 0
+            while last < size and values[last] == value + step * (last - first):
+                last += 1
+            yield first, last - first, value
+            first = last
+        return
+    step_to_next = np.diff(part)
+    joined = np.where(part[:-1] > 0, step_to_next == SECTOR, step_to_next == 0)
+    starts = np.concatenate(([0], np.flatnonzero(~joined) + 1, [size]))
+    for first, after in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        yield first, after - first, int(part[first])
+
+
+def read_exact(fd: int, length: int, offset: int, name: str) -> bytes:
+    """Read exactly `length` bytes; a file that became shorter is an error, not zeros."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise DiskError(f"{name} ends at {offset + len(data)}: it was truncated while in use")
+        data += more
+    return data
+
+
+def read_range(
+    sectors: SectorMap,
+    files: tuple[int, int],
+    offset: int,
+    length: int,
+    device: str,
+    *,
+    extra: bytes = b"",
+) -> bytes:
+    """Read a sector-aligned range through the map; `files`: descriptors of base and journal.
+
+    Raises UnreadableSectorError if a sector of it can't be read.
+    """
+    base_fd, journal_fd = files
+    part = sectors[offset // SECTOR : (offset + length) // SECTOR]
+    if not part.any():
+        return read_exact(base_fd, length, offset, f"the base image of {device}")
+    pieces: list[bytes] = []
+    for first, count, value in runs(part):
+        size = count * SECTOR
+        if value > EXTRA:
+            pieces.append(extra[value - EXTRA - 1 : value - EXTRA - 1 + size])
+        elif value > 0:
+            pieces.append(read_exact(journal_fd, size, value - 1, "the journal"))
+        elif value == BASE:
+            where = offset + first * SECTOR
+            pieces.append(read_exact(base_fd, size, where, f"the base image of {device}"))
+        elif value == ZERO:
+            pieces.append(bytes(size))
+        else:
+            raise UnreadableSectorError(device, offset + first * SECTOR, size)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class LazyDisk:
+    """One state of one device, read-only: a frozen map over the base image and the journal.
+
+    It stays valid while the recorder goes on (the journal only grows) and after it was closed,
+    as long as both files exist. A context manager; closing is also done when it is collected.
+    """
+
+    def __init__(
+        self, name: str, sectors: SectorMap, base: Path, journal: Path, extra: bytes = b""
+    ) -> None:
+        """Open the files. `extra`: content that a decision made up and no journal holds.
+
+        Raises BaseImageError or JournalError if a file can't be opened.
+        """
+        self._extra = extra
+        self.name = name
+        self.map = sectors
+        """Where each sector lies; don't change it."""
+        self.base_path = base
+        self.journal_path = journal
+        self._fds: list[int] = []
+        try:
+            self._base_fd = os.open(base, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BaseImageError(
+                f"device {name}: base image {base}: {error.strerror}", base
+            ) from error
+        self._fds.append(self._base_fd)
+        try:
+            self._journal_fd = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.close()
+            raise JournalError(journal, 0, error.strerror or "can't be opened") from error
+        self._fds.append(self._journal_fd)
+
+    @property
+    def size_bytes(self) -> int:
+        """The device's size in bytes."""
+        return len(self.map) * SECTOR
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes at any alignment.
+
+        Raises DiskError beyond the end, UnreadableSectorError for a sector torn unreadable.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise DiskError(
+                f"device {self.name}: {length} bytes at {offset} are beyond its end "
+                f"({self.size_bytes})"
+            )
+        if not self._fds:
+            raise DiskError(f"device {self.name}: this view was closed")
+        first = offset - offset % SECTOR
+        end = offset + length + -(offset + length) % SECTOR
+        if first == end:
+            return b""
+        data = read_range(
+            self.map,
+            (self._base_fd, self._journal_fd),
+            first,
+            end - first,
+            self.name,
+            extra=self._extra,
+        )
+        if first == offset and end == offset + length:
+            return data
+        return data[offset - first : offset - first + length]
+
+    def chunks(self, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """Yield a range in pieces of at most 1 MiB."""
+        end = self.size_bytes if length is None else offset + length
+        while offset < end:
+            size = min(_CHUNK, end - offset)
+            yield self.read(offset, size)
+            offset += size
+
+    def sha256(self, offset: int = 0, length: int | None = None) -> str:
+        """The SHA-256 of a range (default: all), as hexadecimal text."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(offset, length):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def unreadable(self) -> list[tuple[int, int]]:
+        """The (offset, length) ranges that can't be read."""
+        return [
+            (first * SECTOR, count * SECTOR)
+            for first, count, value in runs(self.map)
+            if value == UNREADABLE
+        ]
+
+    def export(
+        self,
+        path: Path,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        zero_unreadable: bool = False,
+    ) -> None:
+        """Write a range (default: all) to a new sparse file.
+
+        Sectors that can't be read raise UnreadableSectorError, or become zeros if asked to. The
+        file is removed if it can't be written completely.
+        """
+        size = (self.size_bytes if length is None else offset + length) - offset
+        readable = self
+        if zero_unreadable and bool((self.map == UNREADABLE).any()):
+            patched = np.where(self.map == UNREADABLE, ZERO, self.map)
+            readable = LazyDisk(self.name, patched, self.base_path, self.journal_path, self._extra)
+        try:
+            with path.open("wb") as out:
+                out.truncate(size)
+                at = 0
+                for chunk in readable.chunks(offset, size):
+                    if chunk != (_ZEROES if len(chunk) == _CHUNK else _ZEROES[: len(chunk)]):
+                        out.seek(at)
+                        out.write(chunk)
+                    at += len(chunk)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise DiskError(f"can't export to {path}: {error.strerror}") from error
+        except DiskError:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            if readable is not self:
+                readable.close()
+
+    def close(self) -> None:
+        """Close the files; reading raises afterwards."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __enter__(self) -> LazyDisk:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
