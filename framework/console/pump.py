@@ -380,8 +380,8 @@ class ConsolePump:
         limit_bytes: int | None = None,
         *,
         deaths_since: int | None = None,
-    ) -> bytes:
-        """The bytes from position `since` on, as soon as there are any; `b""` on time-out.
+    ) -> tuple[bytes, int]:
+        """The bytes from `since` on and the position behind them; `b""` on time-out.
 
         Ends at once with `ConsoleLost`, or with `ConsoleDeath` for a death string at or after
         `deaths_since` (None: don't look), but only after everything received before has been
@@ -393,7 +393,8 @@ class ConsolePump:
                 begin = max(since, self._base)
                 if self._position() > begin:
                     stop = None if limit_bytes is None else begin - self._base + limit_bytes
-                    return bytes(self._buffer[begin - self._base : stop])
+                    data = bytes(self._buffer[begin - self._base : stop])
+                    return data, begin + len(data)
                 death = None if deaths_since is None else self._first_death(deaths_since)
                 if death is not None:
                     raise self._death_error(death, "")
@@ -401,7 +402,7 @@ class ConsolePump:
                     raise ConsoleLost(self._gone, tail=self._tail(), log=self.log_path)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    return b""
+                    return b"", since
                 self._changed.wait(remaining)
 
     def wait_silence(self, quiet_s: float, timeout_s: float) -> bool:

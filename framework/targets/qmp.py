@@ -73,6 +73,7 @@ class QmpConnection:
         on_event: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self.ended = threading.Event()
+        self._closing = asyncio.Event()
         self._on_event = on_event
         self._client: Any = _call(self._connect(connection, name), timeout_s, "handshake")
         self._watch = asyncio.run_coroutine_threadsafe(self._watch_end(), _loop())
@@ -94,12 +95,17 @@ class QmpConnection:
         return False
 
     async def _watch_end(self) -> None:
+        """Disconnect once, when QEMU ends or `close` asks: the library allows no second call."""
+        asked = asyncio.create_task(self._closing.wait())
         try:
-            while self._client.runstate == Runstate.RUNNING:
-                await self._client.runstate_changed()
+            while self._client.runstate == Runstate.RUNNING and not asked.done():
+                changed = asyncio.create_task(self._client.runstate_changed())
+                await asyncio.wait({asked, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
             with contextlib.suppress(QMPError, OSError, EOFError):  # how it ends when QEMU does
                 await self._client.disconnect()
         finally:
+            asked.cancel()
             self.ended.set()
 
     def execute(
@@ -110,14 +116,6 @@ class QmpConnection:
 
     def close(self) -> None:
         """Disconnect; returns when no further event can come (at most seconds)."""
-        if not self.ended.is_set():
-
-            async def disconnect() -> None:
-                with contextlib.suppress(QMPError, OSError, EOFError):
-                    await self._client.disconnect()
-
-            try:
-                _call(disconnect(), _GRACE_S, "disconnect")
-            except QmpFailure as error:
-                _log.debug("%s", error)
-        self.ended.wait(_GRACE_S)
+        _loop().call_soon_threadsafe(self._closing.set)
+        if not self.ended.wait(_GRACE_S):
+            _log.warning("QMP: the connection did not end within %g s", _GRACE_S)

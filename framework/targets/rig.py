@@ -1,0 +1,126 @@
+"""Rig files: labgrid environments, read strictly.
+
+labgrid warns about a key that it does not know and goes on; a misspelt `watchdg:` would then
+give a rig that never catches a hang. Here an unknown key, class, image or feature ends with one
+line that names file and key. `load_rig` is the front door; `check_rig` is for whoever has
+already been given a path (pytest's `--lg-env`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attr
+import labgrid
+from labgrid.exceptions import InvalidConfigError, NoConfigFoundError
+from labgrid.factory import TargetFactory, target_factory
+
+from framework.targets.errors import RigError
+from framework.targets.machine import refuse_unknown
+
+__all__ = ["check_keys", "check_rig", "load_rig"]
+
+_TOP = ("targets", "features", "imports", "images", "paths", "tools", "options")
+_TARGET = ("resources", "drivers", "features", "options")
+_COMMON = ("name", "cls", "bindings")
+_NOT_FROM_YAML = ("target", "state")
+
+
+def _entries(where: str, section: object) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Each (place, class name, arguments) of a `resources:` or `drivers:` section."""
+    if section is None:
+        return
+    if isinstance(section, Mapping):
+        for name, arguments in section.items():
+            if not isinstance(arguments, Mapping):
+                raise RigError(f"{where}.{name}: must be a mapping ({{}} for no arguments)")
+            yield f"{where}.{name}", str(arguments.get("cls", name)), arguments
+    elif isinstance(section, list):
+        try:
+            converted = TargetFactory._convert_to_named_list(section)
+        except InvalidConfigError as error:
+            raise RigError(f"{where}: {error.msg}") from error
+        for index, arguments in enumerate(converted):
+            yield f"{where}[{index}].{arguments['cls']}", str(arguments["cls"]), arguments
+    else:
+        raise RigError(f"{where}: must be a mapping or a list")
+
+
+def _check_section(where: str, section: object, classes: Mapping[str, type]) -> None:
+    for place, name, arguments in _entries(where, section):
+        if name not in classes:
+            refuse_unknown(where, [name], classes)
+        fields = [field.name for field in attr.fields(classes[name])]
+        known = [key for key in fields if key not in _NOT_FROM_YAML and not key.startswith("_")]
+        refuse_unknown(place, arguments, (*known, *_COMMON))
+
+
+def check_keys(filename: str, data: object) -> None:
+    """`RigError` for the first key of a loaded rig file that nothing would read."""
+    if not isinstance(data, Mapping):
+        raise RigError(f"{filename}: must be a mapping with a 'targets:' key")
+    refuse_unknown(f"{filename}: top level", data, _TOP)
+    targets = data.get("targets")
+    if not isinstance(targets, Mapping) or not targets:
+        raise RigError(f"{filename}: has no 'targets:'")
+    for name, target in targets.items():
+        where = f"{filename}: targets.{name}"
+        if not isinstance(target, Mapping):
+            raise RigError(f"{where}: must be a mapping with 'drivers:'")
+        refuse_unknown(where, target, _TARGET)
+        _check_section(f"{where}.resources", target.get("resources"), target_factory.resources)
+        _check_section(f"{where}.drivers", target.get("drivers"), target_factory.drivers)
+
+
+def _import(filename: str, modules: object) -> None:
+    if modules is None:
+        return
+    if not isinstance(modules, list):
+        raise RigError(f"{filename}: imports: must be a list")
+    for module in modules:
+        if str(module).endswith(".py"):
+            continue  # labgrid loads these itself, from beside the rig file
+        try:
+            importlib.import_module(str(module))
+        except ImportError as error:
+            raise RigError(f"{filename}: imports: {module}: {error}") from error
+
+
+def load_rig(path: Path | str) -> labgrid.Environment:
+    """The labgrid environment in `path`, all keys checked, its targets not yet made.
+
+    Raises `RigError`: one line that names the file and the key.
+    """
+    try:
+        config = labgrid.config.Config(str(path))
+        _import(str(path), config.data.get("imports"))
+        environment = labgrid.Environment(config_file=str(path))
+        check_keys(str(path), environment.config.data)
+    except NoConfigFoundError as error:
+        raise RigError(f"{path}: no such rig file") from error
+    except InvalidConfigError as error:
+        raise RigError(f"{path}: {' '.join(error.msg.split())}") from error
+    except OSError as error:
+        raise RigError(f"{path}: {error.strerror}") from error
+    return environment
+
+
+def check_rig(path: Path | str, role: str = "main") -> None:
+    """Check a rig as far as that goes without starting anything: keys, programs, images, ports.
+
+    Raises `RigError`.
+    """
+    environment = load_rig(path)
+    try:
+        target = environment.get_target(role)
+    except InvalidConfigError as error:
+        raise RigError(f"{path}: {error.msg}") from error
+    if target is None:
+        raise RigError(f"{path}: has no target {role!r}")
+    for driver in target.drivers:
+        preflight = getattr(driver, "preflight", None)
+        if callable(preflight):
+            preflight()
