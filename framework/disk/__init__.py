@@ -4,6 +4,7 @@ Start with `Recorder`; read back with `JournalReader`. FORMAT.md beside this fil
 journal. Nothing else of this project is imported here.
 """
 
+from framework.disk.digest import Comparison, compare_with_image, region_sha256
 from framework.disk.errors import (
     BaseImageError,
     DiskError,
@@ -11,6 +12,16 @@ from framework.disk.errors import (
     LayoutError,
     RecorderError,
     UnreadableSectorError,
+)
+from framework.disk.ext4check import Ext4Check, Ext4Image, check_ext4
+from framework.disk.files import FileSystem, open_file_system
+from framework.disk.gpt import Partition, PartitionTable, read_gpt
+from framework.disk.grubenv import (
+    GrubEnvironment,
+    GrubEnvironments,
+    parse_grub_environment,
+    parse_grub_environments,
+    read_grub_environments,
 )
 from framework.disk.journal import SECTOR, Flag, Kind
 from framework.disk.lazy import LazyDisk
@@ -28,6 +39,14 @@ from framework.disk.reader import Frozen, JournalReader, Mark
 from framework.disk.recorder import DeviceSpec, NbdEndpoint, Recorder
 from framework.disk.state import CutRecord, Decision, Operations, PowerCycle
 from framework.disk.triggers import Armed, Arriving, Fault, Freeze, Inject, Trigger
+from framework.disk.ubootenv import (
+    EnvironmentCopy,
+    UbootEnvironment,
+    build_copy,
+    parse_copy,
+    parse_environment,
+    read_environment,
+)
 
 __all__ = [
     "MODELS",
@@ -36,14 +55,21 @@ __all__ = [
     "Arriving",
     "BaseImageError",
     "CacheModel",
+    "Comparison",
     "CutRecord",
     "Decision",
     "DeviceSpec",
     "DiskError",
+    "EnvironmentCopy",
+    "Ext4Check",
+    "Ext4Image",
     "Fault",
+    "FileSystem",
     "Flag",
     "Freeze",
     "Frozen",
+    "GrubEnvironment",
+    "GrubEnvironments",
     "Inject",
     "JournalError",
     "JournalReader",
@@ -54,14 +80,29 @@ __all__ = [
     "Mark",
     "NbdEndpoint",
     "Operations",
+    "Partition",
+    "PartitionTable",
     "PowerCycle",
     "PrefixCache",
     "Recorder",
     "RecorderError",
     "TornSector",
     "Trigger",
+    "UbootEnvironment",
     "UnreadableSectorError",
     "VolatileCache",
     "WriteThrough",
+    "build_copy",
+    "check_ext4",
+    "compare_with_image",
     "model_from",
+    "open_file_system",
+    "parse_copy",
+    "parse_environment",
+    "parse_grub_environment",
+    "parse_grub_environments",
+    "read_environment",
+    "read_gpt",
+    "read_grub_environments",
+    "region_sha256",
 ]

@@ -206,11 +206,16 @@ class LazyDisk:
             digest.update(chunk)
         return digest.hexdigest()
 
-    def unreadable(self) -> list[tuple[int, int]]:
-        """The (offset, length) ranges that can't be read."""
+    def unreadable(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
+        """The (offset, length) ranges within a range (default: all) that can't be read."""
+        end = self.size_bytes if length is None else offset + length
+        first = offset // SECTOR
+        part = self.map[first : -(-end // SECTOR)]
+        if not bool((part == UNREADABLE).any()):
+            return []
         return [
-            (first * SECTOR, count * SECTOR)
-            for first, count, value in runs(self.map)
+            ((first + at) * SECTOR, count * SECTOR)
+            for at, count, value in runs(part)
             if value == UNREADABLE
         ]
 
