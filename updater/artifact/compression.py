@@ -135,7 +135,7 @@ class _Buffered:
         given, self._pending = self._pending, b""
         try:
             data: bytes = self._engine.decompress(given, limit)
-        except (OSError, EOFError, ValueError, MemoryError, *_codec_errors()) as error:
+        except _codec_errors() as error:
             raise ArtifactFormatError(f"{self._where}: bad {self._compression} data") from error
         if self._compression == "gzip":
             self._pending = self._engine.unconsumed_tail
@@ -190,8 +190,8 @@ def _zstandard() -> Any:
 
 
 def _codec_errors() -> tuple[type[Exception], ...]:
-    """Return the error types of the codecs that were imported so far."""
-    found: list[type[Exception]] = []
+    """Return what the codecs that were imported so far may raise."""
+    found: list[type[Exception]] = [OSError, EOFError, ValueError, MemoryError]
     for module, name in (("zlib", "error"), ("lzma", "LZMAError")):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))

@@ -203,9 +203,7 @@ class ArtifactReader:
         if "/" in file.name:
             raise ArtifactFormatError(f"{member.name}: {file.name!r} is not a plain file name")
         if f"data/0000/{file.name}" not in self._manifest:
-            raise ArtifactFormatError(
-                f"{member.name}: {file.name!r} is not listed in the manifest"
-            )
+            raise ArtifactFormatError(f"{member.name}: {file.name!r} is not listed in the manifest")
         return Payload(self, tar, file, member)
 
     def _finish(self, payload: Payload, checksum: str) -> None:
@@ -298,9 +296,7 @@ def _header_rank(name: str) -> int | None:
     return {"headers/0000/type-info": 2, "headers/0000/meta-data": 3}.get(name)
 
 
-def check_compatible(
-    reader: ArtifactReader, device_type: str, provides: dict[str, str]
-) -> None:
+def check_compatible(reader: ArtifactReader, device_type: str, provides: dict[str, str]) -> None:
     """Refuse an artifact that is not for this device or not for what runs on it."""
     if device_type not in reader.header_info.device_types:
         raise ArtifactError(

@@ -37,9 +37,7 @@ def load_private_key(path: Path | str) -> PrivateKey:
         key = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ArtifactError(f"{path}: not an unencrypted PEM private key") from error
-    if isinstance(
-        key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
-    ):
+    if isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey):
         _check_strength(key.public_key(), path)
         return key
     raise ArtifactError(f"{path}: keys must be ECDSA P-256, RSA or Ed25519")

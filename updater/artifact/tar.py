@@ -148,7 +148,7 @@ class TarReader:
         actual = sum(self._block) - sum(self._block[148:156]) + 8 * 0x20
         if expected != actual:
             raise ArtifactFormatError(f"{self._where}: a tar header's checksum is wrong")
-        if self._block[257:262] != b"ustar":
+        if self._block[257:262].tobytes() != b"ustar":
             raise ArtifactFormatError(f"{self._where}: not a ustar or pax archive")
         return True
 
@@ -173,7 +173,7 @@ class TarReader:
             # A NUL-terminated prefix is joined only in ustar proper (version "00").
             name = _text(self._block[0:100].tobytes(), self._where)
             prefix = _text(self._block[345:500].tobytes(), self._where)
-            if prefix and self._block[257:265] == b"ustar\x0000":
+            if prefix and self._block[257:265].tobytes() == b"ustar\x0000":
                 name = f"{prefix}/{name}"
         if kind not in (b"0", b"\0"):
             raise ArtifactFormatError(

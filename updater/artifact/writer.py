@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from updater.artifact import metadata, tar
 from updater.artifact.compression import SUFFIXES, compressor
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from updater.artifact.signature import PrivateKey
 
 _CHUNK_BYTES = 1024 * 1024
+
+
+class _Image(NamedTuple):
+    """The payload's source and what the first pass found."""
+
+    path: Path
+    size: int
+    checksum: str
 
 
 def write_artifact(
@@ -58,7 +66,7 @@ def write_artifact(
         if size == 0:
             raise ArtifactError(f"{image}: empty")
         extra = {key_: tuple(values) for key_, values in (depends or {}).items()}
-        header_depends = {
+        header_depends: dict[str, tuple[str, ...]] = {
             key_: extra.pop(key_) for key_ in ("artifact_name", "artifact_group") if key_ in extra
         }
         header = _header_archive(
@@ -93,27 +101,19 @@ def write_artifact(
 
             front += tar.member("manifest.sig", sign(manifest, key))
         front += tar.member(header_name, header)
-        _write_atomically(output, front, image, size, checksum, compression, level)
+        _write_atomically(output, front, _Image(image, size, checksum), compression, level)
     except OSError as error:
-        raise ArtifactError(
-            f"{error.filename or output}: {error.strerror or error}"
-        ) from error
+        raise ArtifactError(f"{error.filename or output}: {error.strerror or error}") from error
 
 
 def _write_atomically(
-    output: Path,
-    front: bytes,
-    image: Path,
-    size: int,
-    checksum: str,
-    compression: str,
-    level: int | None,
+    output: Path, front: bytes, image: _Image, compression: str, level: int | None
 ) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(front)
-            _write_data(file, image, size, checksum, compression, level)
+            _write_data(file, image, compression, level)
             file.write(tar.END_OF_ARCHIVE)
             file.flush()
             os.fsync(file.fileno())
@@ -125,9 +125,7 @@ def _write_atomically(
         raise
 
 
-def _write_data(
-    file: IO[bytes], image: Path, size: int, checksum: str, compression: str, level: int | None
-) -> None:
+def _write_data(file: IO[bytes], image: _Image, compression: str, level: int | None) -> None:
     """Write data/0000.tar: its header last, when the compressed size is known."""
     member_name = "data/0000.tar" + SUFFIXES[compression]
     header_at = file.tell()
@@ -135,15 +133,15 @@ def _write_data(
     packer = compressor(compression, level)
     digest = hashlib.sha256()
     read = 0
-    file.write(packer.compress(tar.header(image.name, size)))
-    with image.open("rb") as source:
+    file.write(packer.compress(tar.header(image.path.name, image.size)))
+    with image.path.open("rb") as source:
         while chunk := source.read(_CHUNK_BYTES):
             digest.update(chunk)
             read += len(chunk)
             file.write(packer.compress(chunk))
-    if read != size or digest.hexdigest() != checksum:
-        raise ArtifactError(f"{image}: changed while it was being read")
-    file.write(packer.compress(tar.padding(size) + tar.END_OF_ARCHIVE))
+    if read != image.size or digest.hexdigest() != image.checksum:
+        raise ArtifactError(f"{image.path}: changed while it was being read")
+    file.write(packer.compress(tar.padding(image.size) + tar.END_OF_ARCHIVE))
     file.write(packer.flush())
     end = file.tell()
     packed = end - header_at - tar.BLOCK

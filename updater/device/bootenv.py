@@ -1,0 +1,67 @@
+"""The boot variables' meaning, whichever boot loader keeps them.
+
+Names and semantics are Mender's: `mender_boot_part` is the decimal partition number of the slot
+to start, `upgrade_available=1` marks a trial that the boot loader counts with `bootcount` and
+leaves by itself. Every change is one transaction, and is read back: a tool that says "done" is
+not evidence (libubootenv's `fw_setenv -s` ignores lines it does not like and exits with 0).
+"""
+
+from __future__ import annotations
+
+from updater.device.config import BootEnvConfig, Slot
+from updater.device.errors import BootEnvError
+from updater.device.model import Boot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from updater.device.ports import BootEnvironment
+
+_KEYS = ("mender_boot_part", "mender_boot_part_hex", "upgrade_available", "bootcount")
+
+
+def open_environment(config: BootEnvConfig) -> BootEnvironment:
+    """Return the implementation that the configuration names."""
+    if config.kind == "uboot":
+        from updater.device.bootenv_uboot import UBootEnvironment  # noqa: PLC0415
+
+        return UBootEnvironment(config.fw_env_config)
+    from updater.device.bootenv_grub import GrubEnvironment  # noqa: PLC0415
+
+    first, second = config.copies
+    return GrubEnvironment(first, second)
+
+
+def read_boot(environment: BootEnvironment, slots: tuple[Slot, Slot]) -> Boot:
+    """Return which slot the environment starts. Raises BootEnvError when it is unreadable."""
+    values = environment.read()
+    part = values.get("mender_boot_part", "")
+    slot = next((slot.name for slot in slots if str(slot.number) == part), None)
+    return Boot(slot, values.get("upgrade_available") == "1")
+
+
+def start_trial(environment: BootEnvironment, slot: Slot) -> None:
+    """Let the next boot try `slot`, once."""
+    _transact(environment, slot, trial=True)
+
+
+def settle(environment: BootEnvironment, slot: Slot) -> None:
+    """Make `slot` the one that is started, for good."""
+    _transact(environment, slot, trial=False)
+
+
+def _transact(environment: BootEnvironment, slot: Slot, *, trial: bool) -> None:
+    wanted = dict(
+        zip(
+            _KEYS,
+            (str(slot.number), f"{slot.number:x}", "1" if trial else "0", "0"),
+            strict=True,
+        )
+    )
+    environment.write(wanted)
+    kept = environment.read()
+    for key, value in wanted.items():
+        if kept.get(key) != value:
+            raise BootEnvError(
+                f"the boot environment was written but {key} reads back as"
+                f" {kept.get(key)!r} instead of {value!r}"
+            )

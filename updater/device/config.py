@@ -1,0 +1,206 @@
+"""`/etc/updater/updater.toml`: read once, checked completely, unknown keys refused.
+
+A misspelt key is a setting that silently does not hold, so every error names the file and the
+key. Values are NamedTuples, not dataclasses: `dataclasses` costs a tenth of a second of import
+on an emulated board, and this module is on the boot path.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any, NamedTuple
+
+from updater.device.errors import ConfigError
+
+DEFAULT_PATH = "/etc/updater/updater.toml"
+
+
+class Slot(NamedTuple):
+    """One root file system: its name, block device and partition number."""
+
+    name: str
+    device: str
+    number: int
+
+
+class BootEnvConfig(NamedTuple):
+    """Where the boot variables live: `kind` is "uboot" or "grub"."""
+
+    kind: str
+    fw_env_config: str
+    copies: tuple[str, ...]
+
+
+class DownloadConfig(NamedTuple):
+    """Bounds of a download: seconds and counts."""
+
+    timeout_s: float = 30.0
+    deadline_s: float = 7200.0
+    retries: int = 8
+    backoff_s: float = 0.5
+    backoff_ceiling_s: float = 30.0
+
+
+class Config(NamedTuple):
+    """The whole configuration."""
+
+    path: str
+    device_type: str
+    data_dir: str
+    artifact_info: str
+    slots: tuple[Slot, Slot]
+    bootenv: BootEnvConfig
+    ca_file: str | None
+    artifact_keys: tuple[str, ...]
+    health_directory: str | None
+    health_timeout_s: float
+    download: DownloadConfig
+
+
+def load_config(path: str = DEFAULT_PATH) -> Config:
+    """Read and check `path`. Raises ConfigError."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib is not on the boot path
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    top = _Table(path, "", values)
+    config = Config(
+        path=path,
+        device_type=top.text("device_type"),
+        data_dir=top.absolute("data_dir"),
+        artifact_info=top.absolute("artifact_info"),
+        slots=_slots(top.table("slots")),
+        bootenv=_bootenv(top.table("bootenv")),
+        **_optional_sections(top),
+    )
+    top.refuse_unknown()
+    return config
+
+
+def _optional_sections(top: _Table) -> dict[str, Any]:
+    tls = top.table("tls", optional=True)
+    trust = top.table("trust", optional=True)
+    health = top.table("health", optional=True)
+    download = top.table("download", optional=True)
+    defaults = DownloadConfig()
+    values = {
+        "ca_file": tls.absolute("ca_file", optional=True),
+        "artifact_keys": trust.texts("artifact_keys"),
+        "health_directory": health.absolute("directory", optional=True),
+        "health_timeout_s": health.number("timeout_s", 30.0, 0.1, 3600.0),
+        "download": DownloadConfig(
+            timeout_s=download.number("timeout_s", defaults.timeout_s, 0.1, 3600.0),
+            deadline_s=download.number("deadline_s", defaults.deadline_s, 1.0, 7 * 86400.0),
+            retries=int(download.number("retries", defaults.retries, 0, 100)),
+            backoff_s=download.number("backoff_s", defaults.backoff_s, 0.0, 3600.0),
+            backoff_ceiling_s=download.number(
+                "backoff_ceiling_s", defaults.backoff_ceiling_s, 0.0, 3600.0
+            ),
+        ),
+    }
+    for table in (tls, trust, health, download):
+        table.refuse_unknown()
+    return values
+
+
+def _slots(table: _Table) -> tuple[Slot, Slot]:
+    slots = []
+    for name in table.names():
+        entry = table.table(name)
+        number = entry.number("number", None, 1, 255)
+        if number != int(number):
+            raise ConfigError(f"{table.file}: slots.{name}.number must be whole")
+        slots.append(Slot(name, entry.absolute("device"), int(number)))
+        entry.refuse_unknown()
+    if len(slots) != 2:
+        raise ConfigError(f"{table.file}: [slots] must name exactly two slots, not {len(slots)}")
+    first, second = slots
+    if first.device == second.device or first.number == second.number:
+        raise ConfigError(f"{table.file}: both slots have the same device or number")
+    return first, second
+
+
+def _bootenv(table: _Table) -> BootEnvConfig:
+    kind = table.text("kind")
+    if kind == "uboot":
+        config = BootEnvConfig(kind, table.absolute("fw_env_config"), ())
+    elif kind == "grub":
+        copies = table.texts("copies")
+        if len(copies) != 2 or copies[0] == copies[1]:
+            raise ConfigError(f"{table.file}: bootenv.copies must name two different files")
+        config = BootEnvConfig(kind, "", copies)
+    else:
+        raise ConfigError(f'{table.file}: bootenv.kind must be "uboot" or "grub", not {kind!r}')
+    table.refuse_unknown()
+    return config
+
+
+class _Table:
+    """One TOML table that remembers which of its keys were asked for."""
+
+    def __init__(self, file: str, prefix: str, values: dict[str, Any]) -> None:
+        self.file = file
+        self._prefix = prefix
+        self._values = values
+        self._known: set[str] = set()
+
+    def names(self) -> list[str]:
+        return list(self._values)
+
+    def table(self, key: str, *, optional: bool = False) -> _Table:
+        value = self._take(key, optional)
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise ConfigError(f"{self.file}: {self._name(key)} must be a table")
+        return _Table(self.file, self._name(key) + ".", value)
+
+    def text(self, key: str, *, optional: bool = False) -> str:
+        value = self._take(key, optional)
+        if value is None:
+            return ""
+        if not isinstance(value, str) or not value or not value.isprintable():
+            raise ConfigError(f"{self.file}: {self._name(key)} must be a non-empty string")
+        return value
+
+    def absolute(self, key: str, *, optional: bool = False) -> str:
+        value = self.text(key, optional=optional)
+        if value and not value.startswith("/"):
+            raise ConfigError(f"{self.file}: {self._name(key)} must be an absolute path")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._take(key, optional=True)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            raise ConfigError(f"{self.file}: {self._name(key)} must be a list of strings")
+        return tuple(value)
+
+    def number(self, key: str, default: float | None, low: float, high: float) -> float:
+        value = self._take(key, optional=default is not None)
+        if value is None:
+            assert default is not None
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{self.file}: {self._name(key)} must be a number")
+        if not low <= value <= high:
+            raise ConfigError(f"{self.file}: {self._name(key)} must be from {low} to {high}")
+        return float(value)
+
+    def refuse_unknown(self) -> None:
+        for key in self._values:
+            if key not in self._known:
+                raise ConfigError(f"{self.file}: unknown key {self._name(key)!r}")
+
+    def _take(self, key: str, optional: bool) -> Any:
+        self._known.add(key)
+        if key not in self._values and not optional:
+            raise ConfigError(f"{self.file}: {self._name(key)} is missing")
+        return self._values.get(key)
+
+    def _name(self, key: str) -> str:
+        return self._prefix + key

@@ -1,0 +1,51 @@
+"""What can go wrong on the device. Every message is one line that a person can act on."""
+
+from __future__ import annotations
+
+
+class UpdaterError(Exception):
+    """An operation could not be done; the message says what, where, and what to do."""
+
+
+class ConfigError(UpdaterError):
+    """The configuration file is missing, malformed, or has unknown keys."""
+
+
+class SlotError(UpdaterError):
+    """A slot is in use, too small, or does not hold what was written."""
+
+
+class BootEnvError(UpdaterError):
+    """The boot environment cannot be read, written, or did not keep what was written."""
+
+
+class StoreError(UpdaterError):
+    """The state store cannot be opened, read or written."""
+
+
+class TransportError(UpdaterError):
+    """The artifact cannot be fetched."""
+
+
+class HealthError(UpdaterError):
+    """A health check failed; the message names it and says how."""
+
+
+class BusyError(UpdaterError):
+    """Another updater process holds the lock; `verb` says what it does."""
+
+    def __init__(self, verb: str, pid: str) -> None:
+        super().__init__(f"another updater is running ({verb}, process {pid})")
+        self.verb = verb
+
+
+class NothingInProgressError(UpdaterError):
+    """There is no update to commit or to roll back (exit code 2)."""
+
+
+class InterruptedBySignal(BaseException):
+    """SIGINT or SIGTERM arrived; the state stays as it is and the next run goes on from it."""
+
+    def __init__(self, signal_number: int, signal_name: str) -> None:
+        super().__init__(f"interrupted by {signal_name}")
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,152 @@
+"""What the client needs from its surroundings, as narrow protocols, injected once.
+
+The device's implementations are in the modules named below; a simulated rig or a test supplies
+its own. This module is imported for type checking only, never on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from updater.device.config import Slot
+from updater.device.model import Outcome, Update
+
+
+class BlockDevice(Protocol):
+    """A slot opened for exclusive writing (`blockdev.py`).
+
+    Offsets and lengths are multiples of `block_bytes`; buffers are page-aligned. Every method
+    raises SlotError, naming device and offset.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """The device's size."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """The alignment that reads and writes must have."""
+        ...
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`; durable only after `sync`."""
+        ...
+
+    def sync(self) -> None:
+        """Make everything written durable, through every cache."""
+        ...
+
+    def read_medium(self, offset: int, into: memoryview) -> None:
+        """Fill `into` from the medium itself, not from a cache of what was written."""
+        ...
+
+    def close(self) -> None:
+        """Close; a failing close is an error."""
+        ...
+
+
+class Machine(Protocol):
+    """The device as a whole: which slot runs, and access to the others (`blockdev.py`)."""
+
+    def running_slot(self, slots: tuple[Slot, Slot]) -> Slot:
+        """Return the slot that the root file system is on; SlotError when it is neither."""
+        ...
+
+    def user_of(self, slot: Slot) -> str | None:
+        """Say what uses the slot ("mounted at /mnt"), or None."""
+        ...
+
+    def open_slot(self, slot: Slot) -> BlockDevice:
+        """Open for exclusive writing."""
+        ...
+
+    def boot_id(self) -> str:
+        """Return a text that is different after every restart."""
+        ...
+
+
+class BootEnvironment(Protocol):
+    """The boot loader's variables (`bootenv_uboot.py`, `bootenv_grub.py`)."""
+
+    def read(self) -> dict[str, str]:
+        """Return all variables; BootEnvError when no copy is valid."""
+        ...
+
+    def write(self, values: Mapping[str, str]) -> None:
+        """Set the variables, all or nothing, durable on return."""
+        ...
+
+
+class StateStore(Protocol):
+    """What must survive a power cut (`store.py`); every method is one durable transaction."""
+
+    def update(self) -> Update | None:
+        """Return the update in progress."""
+        ...
+
+    def save(self, update: Update) -> None:
+        """Remember `update` as the one in progress."""
+        ...
+
+    def finish(self, outcome: Outcome, provides: Mapping[str, str] | None) -> None:
+        """Forget the update in progress, record how it ended and, if given, the new provides."""
+        ...
+
+    def provides(self) -> dict[str, str] | None:
+        """Return what the committed system provides; None before the first commit."""
+        ...
+
+    def last_outcome(self) -> Outcome | None:
+        """Return how the last update ended."""
+        ...
+
+
+class Clock(Protocol):
+    """Time (`clock.py`)."""
+
+    def monotonic(self) -> float:
+        """Seconds from an arbitrary start, never backwards."""
+        ...
+
+    def utc_seconds(self) -> int:
+        """Seconds since 1970, for people."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass (the backoff between two attempts)."""
+        ...
+
+
+class Download(Protocol):
+    """The bytes of an artifact."""
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill at least one byte; 0 only at the end."""
+        ...
+
+
+class Transport(Protocol):
+    """Fetches artifacts (`transport.py`)."""
+
+    def open(self, location: str) -> AbstractContextManager[Download]:
+        """Open a path or an https URL; TransportError when that is impossible."""
+        ...
+
+
+class Health(Protocol):
+    """The health checks (`health.py`)."""
+
+    def run(self) -> None:
+        """Return when all passed; HealthError names the first that did not."""
+        ...
+
+
+class Reboot(Protocol):
+    """Asks for a restart (`client.py`); init does it when the process exits with code 4."""
+
+    def request(self) -> None:
+        """Note that the device must restart now."""
+        ...
