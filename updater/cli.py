@@ -23,6 +23,7 @@ from updater.device.errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from updater.device.client import Client
 
@@ -40,8 +41,13 @@ exit codes: 0 done, 1 error, 2 nothing in progress, 4 reboot needed, 130/143 int
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return its exit code."""
+def main(
+    arguments: list[str] | None = None, compose: Callable[[Config], Client] | None = None
+) -> int:
+    """Run one command; return its exit code.
+
+    `compose` puts the client's surroundings together; without it they are the device's own.
+    """
     from updater.device.signals import install_handlers  # noqa: PLC0415
 
     given = sys.argv[1:] if arguments is None else arguments
@@ -49,8 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     verbose = "--verbose" in given or "-v" in given
     try:
         if given == ["resume"]:
-            return _on_device("resume", DEFAULT_PATH)
-        return _dispatch(_parse(given))
+            return _on_device("resume", DEFAULT_PATH, compose or open_client)
+        options = _parse(given)
+        if options.verb == "artifact":
+            from updater.artifact import cli as artifact_cli  # noqa: PLC0415
+
+            return artifact_cli.run(options)
+        return _on_device(options.verb, options.config, compose or open_client, options)
     except InterruptedBySignal as interrupt:
         say(f"error: {interrupt}; nothing is lost, run the command again")
         return interrupt.exit_code
@@ -67,18 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def _dispatch(options: argparse.Namespace) -> int:
-    if options.verb == "artifact":
-        from updater.artifact import cli as artifact_cli  # noqa: PLC0415
-
-        return artifact_cli.run(options)
-    return _on_device(options.verb, options.config, options)
-
-
-def _on_device(verb: str, config_path: str, options: argparse.Namespace | None = None) -> int:
+def _on_device(
+    verb: str,
+    config_path: str,
+    compose: Callable[[Config], Client],
+    options: argparse.Namespace | None = None,
+) -> int:
     config = load_config(config_path)
     if verb in ("show-artifact", "show-provides", "status"):
-        return _show(verb, open_client(config))
+        return _show(verb, compose(config))
     from updater.device import lock  # noqa: PLC0415
 
     try:
@@ -87,7 +95,7 @@ def _on_device(verb: str, config_path: str, options: argparse.Namespace | None =
         if verb == "commit" and error.verb in ("commit", "resume"):
             raise NothingInProgressError(f"{error}: it commits") from error
         raise
-    client = open_client(config)
+    client = compose(config)
     try:
         if verb == "install":
             assert options is not None

@@ -10,7 +10,6 @@ to update again.
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -72,6 +71,8 @@ class SqliteStore:
             ).fetchone()
             if row is None:
                 return None
+            import json  # noqa: PLC0415 - not at a boot with nothing to do
+
             clears = json.loads(row[8])
             return Update(
                 artifact_name=row[0],
@@ -89,6 +90,8 @@ class SqliteStore:
 
     def save(self, update: Update) -> None:
         """Remember `update` as the one in progress."""
+        import json  # noqa: PLC0415
+
         row = (
             *update[:4],
             update.state.value,

@@ -4,22 +4,19 @@ HTTPS only, TLS 1.2 or newer, certificate and host name checked against the pinn
 connection is resumed at the byte that was reached: 206, an exact Content-Range and an unchanged
 total are required (RFC 9110 §14), and If-Range guards against a changed file. Every wait has a
 time-out, consecutive failures are counted, and the whole download has a deadline. Redirects are
-not followed. http.client and ssl are imported when a URL is opened, not before.
+not followed. http.client and ssl are imported when a URL is opened: a boot needs neither.
 """
 
 from __future__ import annotations
 
-import random
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from updater.device.config import DownloadConfig
 from updater.device.console import say
 from updater.device.errors import TransportError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import http.client
     import ssl
@@ -85,6 +82,8 @@ class _HttpsDownload:
     """One download over as many connections as it takes."""
 
     def __init__(self, url: str, ca_file: str | None, bounds: DownloadConfig, clock: Clock) -> None:
+        from urllib.parse import urlsplit  # noqa: PLC0415
+
         parts = urlsplit(url)
         if parts.scheme != "https":
             raise TransportError(f"{url}: only https is allowed")
@@ -167,7 +166,9 @@ class _HttpsDownload:
     def _check_first(self, response: http.client.HTTPResponse) -> None:
         self._check_status(response, 200)
         length = response.getheader("Content-Length") or ""
-        if not re.fullmatch(r"[0-9]{1,15}", length) or response.getheader("Transfer-Encoding"):
+        if not (length.isascii() and length.isdigit() and len(length) <= 15) or response.getheader(
+            "Transfer-Encoding"
+        ):
             raise TransportError(f"{self._url}: the server does not say how long the file is")
         total = int(length)
         if self._total is not None and total != self._total:
@@ -214,6 +215,8 @@ class _HttpsDownload:
         delay = min(
             self._bounds.backoff_ceiling_s, self._bounds.backoff_s * 2 ** (self._failures - 1)
         )
+        import random  # noqa: PLC0415
+
         delay *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads a fleet, no secret
         if self._clock.monotonic() + delay > self._deadline:
             raise TransportError(f"{self._url}: deadline passed {where}: {cause}") from error
