@@ -181,6 +181,7 @@ class ConsolePump:
         self._reader: threading.Thread | None = None
         self._generation = 0
         self._generation_start = 0
+        self._starts: list[int] = []
         self._last_rx_ns = time.monotonic_ns()
         self._gone: str | None = "nothing attached yet"
         self._closed = False
@@ -202,6 +203,7 @@ class ConsolePump:
             self._gone = None
             self._generation += 1
             self._generation_start = self._position()
+            self._starts.append(self._generation_start)
             self._last_rx_ns = time.monotonic_ns()
             self._note(f"link {self._generation} attached")
             self._reader = threading.Thread(
@@ -279,6 +281,11 @@ class ConsolePump:
         """The position at which the present (or last) link began."""
         with self._changed:
             return self._generation_start
+
+    def links_since(self, position: int) -> int:
+        """How many links began at or after a position."""
+        with self._changed:
+            return sum(1 for start in self._starts if start >= position)
 
     @property
     def gone(self) -> str | None:
@@ -380,24 +387,29 @@ class ConsolePump:
         limit_bytes: int | None = None,
         *,
         deaths_since: int | None = None,
+        generation: int | None = None,
     ) -> tuple[bytes, int]:
         """The bytes from `since` on and the position behind them; `b""` on time-out.
 
         Ends at once with `ConsoleLost`, or with `ConsoleDeath` for a death string at or after
         `deaths_since` (None: don't look), but only after everything received before has been
-        handed out.
+        handed out. With `generation`, what later links received is not handed out; their
+        beginning is a loss, too.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
                 begin = max(since, self._base)
-                if self._position() > begin:
-                    stop = None if limit_bytes is None else begin - self._base + limit_bytes
-                    data = bytes(self._buffer[begin - self._base : stop])
-                    return data, begin + len(data)
+                restarted = generation is not None and self._generation != generation
+                end = self._generation_start if restarted else self._position()
+                if end > begin:
+                    stop = end if limit_bytes is None else min(end, begin + limit_bytes)
+                    return bytes(self._buffer[begin - self._base : stop - self._base]), stop
                 death = None if deaths_since is None else self._first_death(deaths_since)
                 if death is not None:
                     raise self._death_error(death, "")
+                if restarted:
+                    raise ConsoleLost("the machine restarted", tail=self._tail(), log=self.log_path)
                 if self._gone is not None:
                     raise ConsoleLost(self._gone, tail=self._tail(), log=self.log_path)
                 remaining = deadline - time.monotonic()

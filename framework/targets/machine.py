@@ -26,6 +26,7 @@ __all__ = [
     "Network",
     "architecture_of",
     "command_line",
+    "parse_address",
     "refuse_unknown",
 ]
 
@@ -81,23 +82,38 @@ def _port(where: str, value: object, lowest: int) -> int:
     return value
 
 
+def parse_address(where: str, value: object) -> int | None:
+    """A PCI device number, or None; boot scripts may rely on where a device sits."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 31:
+        raise RigError(f"{where}: must be a PCI device number from 0 to 31, not {value!r}")
+    return value
+
+
+def _at(address: int | None) -> str:
+    return "" if address is None else f",addr={address:#x}"
+
+
 @dataclass(frozen=True)
 class Disk:
     """One disk: `name` (also in the journal), `image` (a key of `images:`), `interface`.
 
     `size_bytes` grows the disk beyond its image with zeroes; None: as large as the image.
+    `address` is the PCI device number; None: QEMU's choice.
     """
 
     name: str
     image: str
     interface: str = "virtio"
     size_bytes: int | None = None
+    address: int | None = None
 
     @classmethod
     def parse(cls, where: str, value: object) -> Disk:
         """A disk from its dictionary in the rig file."""
         values = _mapping(where, value)
-        refuse_unknown(where, values, ("name", "image", "interface", "size_bytes"))
+        refuse_unknown(where, values, ("name", "image", "interface", "size_bytes", "address"))
         name = _text(where, values, "name")
         if not _NAME.fullmatch(name):
             raise RigError(f"{where}.name: {name!r} must be like 'vda' (a-z, digits, at most 16)")
@@ -109,7 +125,8 @@ class Disk:
         size = values.get("size_bytes")
         if size is not None and (not isinstance(size, int) or size <= 0 or size % 512):
             raise RigError(f"{where}.size_bytes: {size!r} is not a positive multiple of 512")
-        return cls(name, _text(where, values, "image"), interface, size)
+        address = parse_address(f"{where}.address", values.get("address"))
+        return cls(name, _text(where, values, "image"), interface, size, address)
 
     @classmethod
     def parse_all(cls, where: str, value: object) -> tuple[Disk, ...]:
@@ -138,10 +155,11 @@ class Network:
 
     device: str = "virtio-net-pci"
     forward: tuple[Forward, ...] = ()
+    address: int | None = None
 
     @classmethod
     def parse(cls, where: str, value: object) -> Network | None:
-        """`none`, `user`, or a dictionary with `device` and `forward: [{guest:, host:}]`."""
+        """`none`, `user`, or `{device, address, forward: [{guest, host}]}`."""
         if value is None or value == "none":
             return None
         if value == "user":
@@ -149,7 +167,7 @@ class Network:
         if isinstance(value, str):
             raise RigError(f"{where}: {value!r} is neither 'user' nor 'none' nor a mapping")
         values = _mapping(where, value)
-        refuse_unknown(where, values, ("device", "forward"))
+        refuse_unknown(where, values, ("device", "forward", "address"))
         forwards = []
         for index, item in enumerate(values.get("forward", ())):
             place = f"{where}.forward[{index}]"
@@ -160,7 +178,9 @@ class Network:
         device = values.get("device", "virtio-net-pci")
         if not isinstance(device, str):
             raise RigError(f"{where}.device: must be a string, not {device!r}")
-        return cls(device, tuple(forwards))
+        return cls(
+            device, tuple(forwards), parse_address(f"{where}.address", values.get("address"))
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +200,7 @@ class Machine:
     disks: tuple[Disk, ...] = ()
     network: Network | None = None
     watchdog: str = ""
+    watchdog_address: int | None = None
     extra_args: tuple[str, ...] = ()
 
 
@@ -200,9 +221,9 @@ def _disk_arguments(disk: Disk, socket: Path, export: str) -> list[str]:
     match disk.interface:
         case "virtio":
             device = f"virtio-blk-pci,drive={node},id={disk.name},write-cache=on,discard=on"
-            arguments += ["-device", f"{device},{errors}"]
+            arguments += ["-device", f"{device},{errors}{_at(disk.address)}"]
         case "sd":
-            arguments += ["-device", f"sdhci-pci,id={disk.name}-host"]
+            arguments += ["-device", f"sdhci-pci,id={disk.name}-host{_at(disk.address)}"]
             arguments += ["-device", f"sd-card,drive={node},id={disk.name}"]
         case "ide":
             arguments += ["-device", f"ide-hd,drive={node},id={disk.name},write-cache=on,{errors}"]
@@ -217,7 +238,8 @@ def _network_arguments(network: Network | None) -> list[str]:
     backend = "user,id=net0,ipv6=off"
     for forward in network.forward:
         backend += f",hostfwd=tcp:127.0.0.1:{forward.host}-:{forward.guest}"
-    return ["-netdev", backend, "-device", f"{network.device},netdev=net0,id=nic0,romfile="]
+    device = f"{network.device},netdev=net0,id=nic0,romfile={_at(network.address)}"
+    return ["-netdev", backend, "-device", device]
 
 
 def command_line(
@@ -250,6 +272,7 @@ def command_line(
         arguments += _disk_arguments(disk, *exports[disk.name])
     arguments += _network_arguments(machine.network)
     if machine.watchdog:
-        arguments += ["-device", machine.watchdog, "-action", "watchdog=reset"]
+        arguments += ["-device", machine.watchdog + _at(machine.watchdog_address)]
+        arguments += ["-action", "watchdog=reset"]
     arguments += machine.extra_args
     return arguments

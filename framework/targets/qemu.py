@@ -76,6 +76,7 @@ from framework.targets.machine import (
     Network,
     architecture_of,
     command_line,
+    parse_address,
 )
 from framework.targets.preflight import (
     Images,
@@ -155,9 +156,10 @@ class RecordedQEMUDriver(
         firmware: key in `images:` for `-bios` (U-Boot, OVMF)
         pflash: key in `images:` for a read-only second pflash (U-Boot's seed environment)
         kernel, boot_args: key in `images:` for a directly started kernel, and its arguments
-        disks: list of `{name, image, interface: virtio|sd|ide, size_bytes}`
-        network: `user`, `none`, or `{device, forward: [{guest, host}]}` (host 0: a free port)
-        watchdog: `i6300esb` or empty
+        disks: list of `{name, image, interface: virtio|sd|ide, size_bytes, address}`
+        network: `user`, `none`, or `{device, address, forward: [{guest, host}]}` (host 0: any
+            free port)
+        watchdog: `i6300esb` or empty; watchdog_address: its PCI device number
         extra_args: list of further QEMU arguments, or one string
         accelerator: `auto` (probed), `tcg` or `kvm`
         start_deadline_s: how long QEMU itself may take to start
@@ -180,6 +182,7 @@ class RecordedQEMUDriver(
     disks: Any = attr.ib(factory=list)
     network: Any = attr.ib("none")
     watchdog: str = _text("")
+    watchdog_address: Any = attr.ib(None)
     extra_args: Any = attr.ib(factory=list)
     accelerator: str = _text("auto")
     start_deadline_s: float = attr.ib(15.0, converter=float)
@@ -210,6 +213,7 @@ class RecordedQEMUDriver(
         self._shutdown_reason = ""
         self._cursor = 0
         self._deaths_since = 0
+        self._one_boot: int | None = None
         self._event_listeners: list[Callable[[QmpEvent], None]] = []
         self._cut_pending = False
         self._closed = False
@@ -242,6 +246,7 @@ class RecordedQEMUDriver(
         self._network = Network.parse(f"{where}.network", self.network)
         if self.watchdog and self.watchdog not in WATCHDOGS:
             raise RigError(f"{where}.watchdog: {self.watchdog!r}; known: {', '.join(WATCHDOGS)}")
+        parse_address(f"{where}.watchdog_address", self.watchdog_address)
         if self.accelerator not in ("auto", "tcg", "kvm"):
             raise RigError(f"{where}.accelerator: {self.accelerator!r}; known: auto, tcg, kvm")
         if not re.fullmatch(r"[1-9]\d*[MG]", self.memory):
@@ -465,8 +470,7 @@ class RecordedQEMUDriver(
             self._drop_clients()
             self._forget_failure()
             assert self._pump is not None
-            self._cursor = self._deaths_since = self._pump.position
-            self._expect = PtxExpect(self)
+            self.skip_to(self._pump.position)
             self._start("switched on")
 
     @Driver.check_active  # type: ignore[untyped-decorator, unused-ignore]
@@ -600,6 +604,7 @@ class RecordedQEMUDriver(
             disks=self._disks,
             network=self._network,
             watchdog=self.watchdog,
+            watchdog_address=self.watchdog_address,
             extra_args=tuple(self.extra_args),
         )
         deadline = time.monotonic() + self.start_deadline_s
@@ -805,7 +810,13 @@ class RecordedQEMUDriver(
     def _read(self, size: int = 1, timeout: float = 10, max_size: int | None = None) -> bytes:
         del size  # as labgrid's own drivers: at least one byte, and as many as there are
         since = self._deaths_since if self.fail_fast else None
-        data, end = self.pump.read(self._cursor, timeout, max_size or None, deaths_since=since)
+        data, end = self.pump.read(
+            self._cursor,
+            timeout,
+            max_size or None,
+            deaths_since=since,
+            generation=self._one_boot,
+        )
         if not data:
             raise TIMEOUT(f"Timeout of {timeout:.2f} seconds exceeded")
         self._cursor = end
@@ -814,9 +825,14 @@ class RecordedQEMUDriver(
     def _write(self, data: bytes) -> int:
         return self.pump.write(data)
 
-    def skip_to(self, position: int) -> None:
-        """Have `expect` and what stands on it (ShellDriver) begin at `position` of the pump."""
+    def skip_to(self, position: int, *, one_boot: bool = False) -> None:
+        """Have `expect` and what stands on it (ShellDriver) begin at `position` of the pump.
+
+        With `one_boot`, they fail with `ConsoleLost` when the machine restarts, instead of
+        waiting for their answer in the next boot's output.
+        """
         self._cursor = self._deaths_since = position
+        self._one_boot = self.pump.generation if one_boot else None
         self._expect = PtxExpect(self)
 
     def __str__(self) -> str:
