@@ -1,1 +1,1 @@
-"""The framework that cuts power and network under an updater, and proves that the device returns."""
+"""The framework that cuts power and network under an updater, and judges how it comes back."""

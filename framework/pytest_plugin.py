@@ -1,1 +1,275 @@
-"""The pytest plugin: the fixtures `device`, `update` and `faults`, and the results they leave."""
+"""The pytest plugin: fixtures `device`, `update`, `faults`, and the verdict of each scenario.
+
+A test that takes `device` is a scenario. When its body has ended, everything that was seen is
+judged by all invariants; a broken one fails the test (`ViolationError`), a rig that lost contact
+breaks it (`InfrastructureError`). A result file and Allure attachments are left either way.
+
+Markers:
+    base(variant): the image in slot a at the beginning (default v1).
+    update(variant): the image in the update (default v2).
+    planted(violates=n): the base or update is broken on purpose; the scenario must turn red with
+        invariant n, and the test passes if it does.
+    demo, smoke: subsets of the suite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import allure
+import pytest
+
+from framework.faults import FaultError
+from framework.network import FaultProxy, ProxyEvent
+from framework.report import ResultStore
+from framework.scenario.arming import Faults
+from framework.scenario.bench import Bench, BenchError, open_bench
+from framework.scenario.device import Device, Update
+from framework.scenario.record import attach, record
+from framework.targets.errors import InfrastructureError, RigError
+from framework.targets.rig import check_rig
+from framework.verdict import Outcome, Verdict, ViolationError
+
+DEFAULT_BASE = "v1"
+DEFAULT_UPDATE = "v2"
+MARKERS = (
+    "base(variant): image in slot a at the beginning",
+    "update(variant): image in the update",
+    "planted(violates): broken on purpose; must turn red with this invariant",
+    "demo: part of `make demo`",
+    "smoke: the few scenarios that say most",
+)
+BENCH = pytest.StashKey[Bench]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Our options."""
+    group = parser.getgroup("brownout")
+    group.addoption(
+        "--brownout-results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="leave one result file a scenario in DIR (for `brownout report html`)",
+    )
+    group.addoption(
+        "--brownout-seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seed of every random choice; each scenario derives its own (default: 1)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers; refuse a rig file that makes no sense before anything runs."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    rig = config.getoption("lg_env", default=None)
+    if rig is not None:
+        try:
+            check_rig(rig)
+        except RigError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell a live display how many scenarios there are (one worker tells it for all)."""
+    store = _store(session.config)
+    if store is None or _worker(session.config) not in ("", "gw0"):
+        return
+    scenarios = [item for item in session.items if "device" in getattr(item, "fixturenames", ())]
+    store.progress("", "count", str(len(scenarios)))
+
+
+def _worker(config: pytest.Config) -> str:
+    """The xdist worker's name, empty without xdist."""
+    return str(getattr(config, "workerinput", {}).get("workerid", ""))
+
+
+def _store(config: pytest.Config) -> ResultStore | None:
+    directory = config.getoption("brownout_results")
+    return None if directory is None else ResultStore(directory)
+
+
+def _variant(request: pytest.FixtureRequest, marker: str, default: str) -> str:
+    found = request.node.get_closest_marker(marker)
+    return str(found.args[0]) if found is not None else default
+
+
+def _seed(request: pytest.FixtureRequest) -> int:
+    """The scenario's own seed: of its node id and the run's seed."""
+    base = int(request.config.getoption("brownout_seed"))
+    return zlib.crc32(f"{base}:{request.node.nodeid}".encode())
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """The rig's machine, its images, and a TLS server with artifacts, for the whole session."""
+    if request.config.getoption("lg_env", default=None) is None:
+        pytest.skip("needs a rig: pytest --lg-env rigs/qemu-arm64.yaml")
+    wanted = {DEFAULT_BASE, DEFAULT_UPDATE}
+    for item in request.session.items:
+        for name in ("base", "update"):
+            wanted.update(str(marker.args[0]) for marker in item.iter_markers(name))
+    try:
+        opened = open_bench(request, sorted(wanted))
+    except BenchError as error:
+        raise pytest.UsageError(str(error)) from error
+    with contextlib.closing(opened):
+        yield opened
+
+
+@pytest.fixture
+def proxy(bench: Bench) -> Iterator[FaultProxy]:
+    """The fault proxy between this scenario's device and the server."""
+    with FaultProxy((bench.server.host, bench.server.port)) as running:
+        yield running
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> Iterator[Device]:
+    """A device with a pristine disk, started and ready on slot a."""
+    store = _store(request.config)
+    nodeid = request.node.nodeid
+
+    def say(text: str) -> None:
+        if store is not None:
+            store.progress(nodeid, "step", text)
+
+    if store is not None:
+        store.progress(nodeid, "begin", _title(request.node))
+    made = bench.device(_variant(request, "base", DEFAULT_BASE), say=say, step=allure.step)
+
+    def heard(event: ProxyEvent) -> None:
+        made.note("network", event.text)
+
+    proxy.on_event = heard
+    with contextlib.closing(made):
+        made.look("at the beginning")
+        boot = made.boot()
+        if not boot.ready:
+            raise InfrastructureError(
+                "the pristine device did not become ready", evidence=boot.evidence
+            )
+        yield made
+
+
+@pytest.fixture
+def update(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> Update:
+    """The update that the scenario installs."""
+    return bench.update(_variant(request, "update", DEFAULT_UPDATE), proxy.port)
+
+
+@pytest.fixture
+def faults(
+    request: pytest.FixtureRequest, device: Device, update: Update, proxy: FaultProxy
+) -> Iterator[Faults]:
+    """The vocabulary of faults, armed on this device."""
+    store = _store(request.config)
+    made = Faults(device, update, proxy, _seed(request))
+
+    def armed() -> None:
+        if store is not None:
+            store.progress(request.node.nodeid, "fault", made.sentence())
+
+    made.on_armed = armed
+    device.before_retry = made.clear
+    yield made
+    made.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Judge a scenario when its body has ended, and leave its result."""
+    arguments: dict[str, Any] = getattr(item, "funcargs", {})
+    device = arguments.get("device")
+    if not isinstance(device, Device):
+        return (yield)
+    faults = arguments.get("faults")
+    planted = item.get_closest_marker("planted")
+    failure: BaseException | None = None
+    outcome = None
+    try:
+        outcome = yield
+        if isinstance(faults, Faults) and planted is None and faults.unfired():
+            sentence = "; ".join(map(str, faults.unfired()))
+            raise FaultError(f"the fault never happened: {sentence}")
+    except BaseException as error:  # noqa: BLE001 - recorded, then raised again
+        failure = error
+    verdict = device.verdict()
+    _leave(item, device, faults, verdict, failure)
+    if failure is not None:
+        raise failure
+    if planted is not None:
+        _expect_violation(verdict, int(planted.kwargs["violates"]))
+    elif verdict.outcome is not Outcome.PASS:
+        raise ViolationError(verdict)
+    return outcome
+
+
+def _expect_violation(verdict: Verdict, number: int) -> None:
+    if number not in verdict.violated:
+        raise AssertionError(
+            f"the planted bug was not caught: wanted VIOLATION({number}), verdict is {verdict}"
+        )
+
+
+def _leave(
+    item: pytest.Item,
+    device: Device,
+    faults: Faults | None,
+    verdict: Verdict,
+    failure: BaseException | None,
+) -> None:
+    """Write the result file, the progress line and the Allure attachments."""
+    result = record(
+        scenario=item.nodeid,
+        title=_title(item),
+        device=device,
+        fault="" if faults is None else faults.sentence(),
+        seed=0 if faults is None else faults.seed,
+        verdict=verdict,
+        failure=failure,
+    )
+    attach(result)
+    store = _store(item.config)
+    if store is not None:
+        store.write(result)
+        store.progress(item.nodeid, "verdict", result.verdict)
+
+
+def _title(item: pytest.Item) -> str:
+    """The scenario's title: its docstring's first line, or its name in words."""
+    text = getattr(getattr(item, "function", None), "__doc__", None) or ""
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    return first.rstrip(".") or item.name.removeprefix("test_").replace("_", " ")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave Allure's environment and categories (after --clean-alluredir had its turn)."""
+    directory = session.config.getoption("allure_report_dir", default=None)
+    rig = session.config.getoption("lg_env", default=None)
+    if directory is None or rig is None or _worker(session.config):
+        return
+    folder = Path(directory)
+    if not folder.is_dir():
+        return
+    (folder / "environment.properties").write_text(
+        f"rig={Path(rig).stem}\nqemu={shutil.which('qemu-img') or 'none'}\n"
+        f"seed={session.config.getoption('brownout_seed')}\n"
+    )
+    (folder / "categories.json").write_text(CATEGORIES)
+
+
+CATEGORIES = """[
+ {"name": "Violations", "matchedStatuses": ["failed"], "messageRegex": ".*VIOLATION.*"},
+ {"name": "Bricked", "matchedStatuses": ["failed"], "messageRegex": ".*BRICKED.*"},
+ {"name": "Infrastructure", "matchedStatuses": ["broken"]}
+]
+"""

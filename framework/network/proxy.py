@@ -126,7 +126,7 @@ class FaultProxy:
         self.upstream = upstream
         self.bytes_forwarded: dict[Direction, int] = {"up": 0, "down": 0}
         self._listen = (listen_host, listen_port)
-        self._on_event = on_event
+        self.on_event = on_event
         self._armed: list[_Armed] = []
         self._links: set[_Link] = set()
         self._refusing = False
@@ -227,8 +227,8 @@ class FaultProxy:
         self._healthy.set()
 
     def _say(self, text: str) -> None:
-        if self._on_event is not None:
-            self._on_event(ProxyEvent(time.monotonic_ns(), text))
+        if self.on_event is not None:
+            self.on_event(ProxyEvent(time.monotonic_ns(), text))
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

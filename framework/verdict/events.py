@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 
-from attrs import field, frozen
+from attrs import frozen
 
 
 @frozen
@@ -205,5 +205,5 @@ class Run:
 
     images: dict[str, ImageFacts]
     initial: str
-    events: tuple[Event, ...] = field(converter=tuple)
+    events: tuple[Event, ...]
     boot_limit: int = 4

@@ -1,0 +1,197 @@
+"""Arms the vocabulary's faults on a device: from a sentence to a trigger that is exact.
+
+Disk triggers go to the recorder, which fires before the operation is carried out. Console triggers
+stop the machine when the line arrives, some operations later. Network faults go to the proxy.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+from attrs import define, field
+
+from framework.console import Line
+from framework.disk import CacheModel, Inject, TornSector, model_from
+from framework.disk import Fault as DiskFault
+from framework.disk import Trigger as DiskTrigger
+from framework.faults import (
+    AtState,
+    BitFlip,
+    BootEnvWrite,
+    ConsoleSays,
+    Fault,
+    FaultError,
+    NetworkDrop,
+    PowerCut,
+    SlotWrite,
+)
+from framework.faults.vocabulary import CacheModelName, Trigger
+from framework.network import FaultProxy, NetworkFault
+from framework.scenario.device import Device, Update
+from framework.scenario.manifest import Extent
+from framework.verdict.oracle import other
+
+
+@define
+class ArmedFault:
+    """A fault that waits or has struck.
+
+    Attributes:
+        fault: what it is; its `str()` is the sentence of the report.
+        fired: set when it struck.
+    """
+
+    fault: Fault
+    fired: threading.Event
+    disarm: Callable[[], None] = field(repr=False)
+
+
+@define
+class Faults:
+    """The faults of one scenario, by a fixture of that name.
+
+    `faults.power_cut(model="torn").when(slot_write(percent=50))` arms at once.
+    """
+
+    device: Device
+    update: Update
+    proxy: FaultProxy
+    seed: int
+    armed: list[ArmedFault] = field(factory=list)
+    on_armed: Callable[[], None] = lambda: None
+
+    def power_cut(self, model: CacheModelName = "kept") -> Pending:
+        """The power goes; the disk keeps what the cache model `model` says."""
+        return Pending(self, PowerCut(model))
+
+    def network(
+        self,
+        kind: Literal["fin", "reset", "stall", "refuse", "corrupt"],
+        lasts_s: float | None = None,
+        times: int = 1,
+    ) -> Pending:
+        """The connection to the server fails."""
+        return Pending(self, NetworkDrop(kind, lasts_s, times))
+
+    def bit_flip(self) -> Pending:
+        """The disk stores one bit wrong in the passive slot."""
+        return Pending(self, BitFlip())
+
+    def clear(self) -> None:
+        """All faults gone: the disk, the network and the console are well again."""
+        for armed in self.armed:
+            armed.disarm()
+        self.proxy.restore()
+
+    def unfired(self) -> list[Fault]:
+        """Faults that were armed and never struck."""
+        return [armed.fault for armed in self.armed if not armed.fired.is_set()]
+
+    def sentence(self) -> str:
+        """All faults as one sentence."""
+        return "; ".join(str(armed.fault) for armed in self.armed)
+
+
+@define
+class Pending:
+    """A fault that has no trigger yet."""
+
+    faults: Faults
+    fault: Fault
+
+    def when(self, trigger: Trigger) -> ArmedFault:
+        """Arm the fault at `trigger`.
+
+        Raises:
+            FaultError: this fault can't have such a trigger.
+        """
+        fault = self.fault.when(trigger)
+        if isinstance(fault, NetworkDrop):
+            armed = _arm_network(self.faults, fault)
+        elif isinstance(fault, BitFlip):
+            armed = _arm_bit_flip(self.faults, fault)
+        else:
+            armed = _arm_power_cut(self.faults, fault)
+        self.faults.armed.append(armed)
+        self.faults.on_armed()
+        return armed
+
+
+def _arm_network(faults: Faults, fault: NetworkDrop) -> ArmedFault:
+    assert fault.trigger is not None
+    size = faults.update.path.stat().st_size
+    at_byte = math.floor(size * fault.trigger.percent / 100)
+    fired = faults.proxy.arm(
+        NetworkFault(fault.kind, at_byte, times=fault.times, lasts_s=fault.lasts_s)
+    )
+    return ArmedFault(fault, fired, lambda: None)
+
+
+def _arm_bit_flip(faults: Faults, fault: BitFlip) -> ArmedFault:
+    assert fault.trigger is not None
+    extent = _passive_slot(faults.device)
+    place = math.floor((faults.update.image.size_bytes - 1) * fault.trigger.percent / 100)
+    armed = faults.device.machine.recorder.arm(
+        DiskTrigger.block_range(extent.device, extent.offset + place, 1),
+        Inject(DiskFault.bit_flip(extent.device, extent.offset + place, bit=faults.seed % 8)),
+    )
+    return ArmedFault(fault, armed.fired, armed.disarm)
+
+
+def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
+    trigger = fault.trigger
+    device = faults.device
+    model: CacheModel = model_from(fault.model)
+    if isinstance(trigger, SlotWrite):
+        extent = _passive_slot(device)
+        count = max(1, math.ceil(faults.update.image.size_bytes * trigger.percent / 100))
+        where = DiskTrigger.bytes_written(count, extent.device, extent.offset, extent.length)
+    elif isinstance(trigger, BootEnvWrite):
+        copies = device.manifest.environment
+        where = DiskTrigger.block_range(
+            copies[0].device,
+            min(copy.offset for copy in copies),
+            max(copy.offset + copy.length for copy in copies) - min(copy.offset for copy in copies),
+            skip=trigger.nth - 1,
+        )
+        if isinstance(model, TornSector):
+            # The write in flight is the newest: the power goes inside it.
+            model = TornSector(newest=True)
+    else:
+        assert isinstance(trigger, AtState | ConsoleSays)
+        return _on_console(faults, fault, trigger, model)
+    armed = device.machine.arm_cut(where, model, faults.seed)
+    return ArmedFault(fault, armed.fired, armed.disarm)
+
+
+def _on_console(
+    faults: Faults, fault: PowerCut, trigger: AtState | ConsoleSays, model: CacheModel
+) -> ArmedFault:
+    """Cut when the line comes. On the pump's thread, so it must not block: trip() doesn't."""
+    device = faults.device
+    fired = threading.Event()
+
+    def heard(line: Line) -> None:
+        if line.direction == "RX" and not fired.is_set() and _says(device, line.text, trigger):
+            fired.set()
+            device.machine.trip(str(fault), model, faults.seed)
+
+    return ArmedFault(fault, fired, device.machine.pump.add_listener(heard))
+
+
+def _says(device: Device, text: str, trigger: AtState | ConsoleSays) -> bool:
+    if isinstance(trigger, ConsoleSays):
+        return trigger.text in text
+    match = device.uut.signs.state.search(text)
+    return match is not None and match["name"] == trigger.name
+
+
+def _passive_slot(device: Device) -> Extent:
+    """The extent of the slot that the next update goes to."""
+    active = device.last_look.environment.boot_slot
+    if active is None:
+        raise FaultError("the boot environment names no slot, so there is no passive one")
+    return device.manifest.slots[other(active)]

@@ -1,0 +1,426 @@
+"""The device as a scenario sees it: install, reboot, restore, retry; every step is witnessed.
+
+A `Device` drives one machine through its driver and console and keeps what console and disk show
+as events (`framework.verdict`), by which the scenario is judged at its end. A power cut that
+strikes in the middle of a step ends the step; the scenario then calls `restore()`.
+
+What it waits for is a line on the console or the loss of power, always with a deadline. It never
+sleeps, and it never asks the device what only the disk can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import pexpect
+from attrs import Factory, define, frozen
+
+from framework.console import ConsoleError, ConsoleLost, ConsolePump, ConsoleTimeout, Line
+from framework.disk import Armed, CacheModel, CutRecord, Recorder, Trigger
+from framework.report import Moment
+from framework.scenario.inspect import check_data, look
+from framework.scenario.manifest import TargetManifest
+from framework.targets.errors import InfrastructureError
+from framework.targets.uut import UpdaterUnderTest
+from framework.verdict import (
+    BootSeen,
+    CommitReached,
+    Committed,
+    DiskSeen,
+    Event,
+    ImageFacts,
+    InstallEnded,
+    InstallStarted,
+    PowerCut,
+    RetryEnded,
+    Run,
+    StatusRead,
+    Verdict,
+    judge,
+)
+
+READY = rb"BROWNOUT READY version=([^\r\n ]{1,80}) slot=([ab]) boot_id=([0-9a-f-]{36})"
+NOTEWORTHY = re.compile(r"updater: |BROWNOUT |AB: |Kernel panic|U-Boot 20|GNU GRUB")
+CANARY_PATH = "/canary"
+CANARY_COMMAND = (
+    "dd if=/dev/urandom of=/data/canary bs=4096 count=16 conv=fsync 2>/dev/null"
+    " && sync && sha256sum /data/canary"
+)
+INSTALL_TIMEOUT_S = 300.0
+COMMAND_TIMEOUT_S = 60.0
+INSTALLED_EXIT_CODES = (0, 4)
+
+
+class Machine(Protocol):
+    """What a `Device` asks of the machine's driver."""
+
+    last_cut: CutRecord | None
+
+    @property
+    def recorder(self) -> Recorder:
+        """What serves and records its disks."""
+
+    @property
+    def pump(self) -> ConsolePump:
+        """What drains its console."""
+
+    def on(self) -> None:
+        """Power on."""
+
+    def off(self) -> None:
+        """Power off."""
+
+    def get(self) -> bool:
+        """Whether it has power."""
+
+    def restore(self) -> None:
+        """Power on after a cut."""
+
+    def fresh(self, images: dict[str, Path] | None = None) -> Recorder:
+        """Pristine disks."""
+
+    def arm_cut(self, trigger: Trigger, model: CacheModel, seed: int) -> Armed:
+        """Cut the power before the operation that fires `trigger`."""
+
+    def trip(self, cause: str, model: CacheModel, seed: int) -> None:
+        """Cut the power now, from any thread, without blocking."""
+
+
+class Shell(Protocol):
+    """Runs commands on the device; valid while the machine has power."""
+
+    def run(self, command: str, timeout: float) -> tuple[list[str], list[str], int]:
+        """Standard output, standard error, exit code."""
+
+
+@frozen
+class Update:
+    """An update that a scenario may install.
+
+    Attributes:
+        name: its artifact name.
+        image: the facts of the image in it.
+        path: the artifact on the host.
+        url: where the device finds it.
+    """
+
+    name: str
+    image: ImageFacts
+    path: Path
+    url: str
+
+
+@define
+class Device:
+    """One device under test; see the module text.
+
+    Attributes:
+        machine: its driver.
+        shell: gives a shell on the running device, made anew after each start.
+        uut: the updater under test.
+        manifest: the target's images and layout.
+        base: facts of the image that slot a held at the beginning.
+        boot_budget_s: seconds from power-on to the ready marker.
+        say: called with each step, for the live display.
+        step: opens a step of the report.
+        before_retry: called before an update is tried again: the faults are over.
+    """
+
+    machine: Machine
+    shell: Callable[[], Shell]
+    uut: UpdaterUnderTest
+    manifest: TargetManifest
+    base: ImageFacts
+    boot_budget_s: float = 90.0
+    say: Callable[[str], None] = lambda text: None
+    step: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    before_retry: Callable[[], None] = lambda: None
+    events: list[Event] = Factory(list)
+    moments: list[Moment] = Factory(list)
+    did: list[str] = Factory(list)
+    images: dict[str, ImageFacts] = Factory(dict)
+    started_ns: int = Factory(time.monotonic_ns)
+    running: BootSeen | None = None
+    _canary_sha256: str | None = None
+    _harvested: int = 0
+    _begun_at: int = 0
+    _forget: Callable[[], None] = lambda: None
+
+    def __attrs_post_init__(self) -> None:
+        self.images[self.base.name] = self.base
+        self._forget = self.machine.pump.add_listener(self._show)
+        self._harvested = self._begun_at = self.machine.pump.position
+
+    def close(self) -> None:
+        """Stop listening and switch the machine off."""
+        self._forget()
+        if self.machine.get():
+            self.machine.off()
+
+    # -- steps of a scenario -----------------------------------------------------------------
+
+    def boot(self) -> BootSeen:
+        """Power on and wait until the device is ready; leaves a synced file to look for later."""
+        with self._step("power on", "boot"):
+            self.machine.on()
+            boot = self._wait_ready(self._harvested)
+            if boot is None:
+                raise InfrastructureError("the power went during the first start")
+            if boot.ready:
+                self._leave_canary()
+            return boot
+
+    def install(self, update: Update, timeout_s: float = INSTALL_TIMEOUT_S) -> InstallEnded:
+        """Install `update`; ends with its exit code, or with none if the power went first."""
+        with self._step(f"installing {update.name}", "updater"):
+            self.images[update.name] = update.image
+            self._event(InstallStarted(update.name))
+            ended = self._install(update, timeout_s)
+            self._event(ended)
+            if ended.exit_code is not None:
+                self.look("after the install")
+            return ended
+
+    def reboot(self) -> BootSeen | None:
+        """Restart the device and wait until it is ready; None if the power went meanwhile."""
+        with self._step("rebooting", "boot"):
+            since = self.machine.pump.position
+            # The console may go before the prompt is back: what counts is the next start.
+            with contextlib.suppress(ConsoleError):
+                self.shell().run("sync; reboot -f >/dev/null 2>&1 &", timeout=COMMAND_TIMEOUT_S)
+            return self._wait_ready(since)
+
+    def restore(self) -> BootSeen:
+        """Give power back after a cut and wait until the device is ready."""
+        with self._step("power restored", "boot"):
+            since = self.machine.pump.position
+            self.machine.restore()
+            boot = self._wait_ready(since)
+        if boot is None:
+            return self.restore()
+        if boot.ready:
+            self.read_status()
+        self.check_data()
+        self.look("after the start")
+        return boot
+
+    def retry(self, update: Update) -> None:
+        """Try the same update again, with all faults gone, up to its commit."""
+        self.before_retry()
+        with self._step(f"trying {update.name} again", "updater"):
+            if self.running is not None and self.running.version != update.name:
+                self.update(update)
+            there = self.running is not None and self.running.version == update.name
+            committed = there and not self.look("at the end").environment.upgrade_available
+            self._event(RetryEnded(update.name, committed, self._running_text()))
+            self.did.append(f"{update.name} {'' if committed else 'not '}committed in the end")
+            self.check_data()
+
+    def update(self, update: Update) -> InstallEnded:
+        """Install, restart, and let the device commit or roll back by itself."""
+        ended = self.install(update)
+        if ended.exit_code in INSTALLED_EXIT_CODES:
+            boot = self.reboot()
+            if boot is not None and boot.ready:
+                self.read_status()
+                self.look("after the restart")
+        return ended
+
+    # -- witnesses ---------------------------------------------------------------------------
+
+    @property
+    def last_look(self) -> DiskSeen:
+        """The newest look at the disk; looks now if there was none."""
+        for event in reversed(self.events):
+            if isinstance(event, DiskSeen):
+                return event
+        return self.look("now")
+
+    def look(self, moment: str) -> DiskSeen:
+        """Read slots and boot environment from the disk."""
+        seen = look(moment, self.machine.recorder.disk, self.manifest, self.images.values())
+        self._event(seen)
+        slots = ", ".join(f"{name}: {state}" for name, state in seen.slots.items())
+        env = seen.environment
+        trial = f", on trial {env.bootcount}/{env.bootlimit}" if env.upgrade_available else ""
+        self.note(
+            "disk",
+            f"{moment}: {slots}; boots {env.boot_slot}{trial} ({env.valid_copies} valid copies)",
+        )
+        return seen
+
+    def check_data(self) -> None:
+        """Check the data partition on the disk, and the file that was synced at the start."""
+        if self._canary_sha256 is None:
+            return
+        checked = check_data(
+            self.machine.recorder.disk, self.manifest.data, CANARY_PATH, self._canary_sha256
+        )
+        self._event(checked)
+        self.note("disk", f"data partition: {checked.detail}")
+
+    def read_status(self) -> StatusRead:
+        """Ask the device what it thinks it runs, and how the last update ended."""
+        output, _, _ = self.shell().run(self.uut.status(), timeout=COMMAND_TIMEOUT_S)
+        told = self.uut.parse_status(output)
+        status = StatusRead(told.artifact, told.outcome, told.cause)
+        self._event(status)
+        self.note("updater", f"status: {told.artifact} {told.outcome} {told.cause}".strip())
+        return status
+
+    def verdict(self) -> Verdict:
+        """Judge everything seen so far."""
+        return judge(Run(self.images, self.base.name, tuple(self.events)))
+
+    # -- for the report ----------------------------------------------------------------------
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the scenario began."""
+        return (time.monotonic_ns() - self.started_ns) / 1e9
+
+    def console_text(self) -> str:
+        """The console since the scenario began."""
+        return self.machine.pump.slice(self._begun_at).text
+
+    def note(self, source: str, text: str) -> None:
+        """Add a moment to the timeline; safe from any thread."""
+        self.moments.append(Moment(self.elapsed_s, source, text))
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _install(self, update: Update, timeout_s: float) -> InstallEnded:
+        try:
+            output, errors, code = self.shell().run(self.uut.install(update.url), timeout=timeout_s)
+        except ConsoleLost:
+            self._power_went()
+            self.did.append(f"install of {update.name} cut short")
+            return InstallEnded(update.name, None)
+        except (ConsoleTimeout, pexpect.TIMEOUT):
+            self.did.append(f"install of {update.name} had not ended after {timeout_s:g} s")
+            return InstallEnded(update.name, None, timed_out=True)
+        text = "\n".join([*output, *errors])
+        causes = [match["cause"].strip() for match in self.uut.signs.error.finditer(text)]
+        cause = causes[-1] if causes else ""
+        if code in INSTALLED_EXIT_CODES:
+            self.did.append(f"{update.name} installed")
+        else:
+            self.did.append(f"{update.name} refused: {cause}")
+        self.note("updater", f"install ended with exit code {code} {cause}".strip())
+        return InstallEnded(update.name, code, cause)
+
+    def _leave_canary(self) -> None:
+        output, errors, code = self.shell().run(CANARY_COMMAND, timeout=COMMAND_TIMEOUT_S)
+        if code != 0 or not output:
+            raise InfrastructureError(f"no file can be written to /data: {errors or output}")
+        self._canary_sha256 = output[-1].split()[0]
+
+    def _wait_ready(self, since: int) -> BootSeen | None:
+        """Wait for the ready marker from console position `since` on; None: the power went."""
+        pump = self.machine.pump
+        begun = time.monotonic()
+        links = pump.generation
+        try:
+            match = pump.wait_for(READY, self.boot_budget_s, since, deaths=False)
+        except ConsoleLost:
+            self._power_went()
+            return None
+        except ConsoleTimeout:
+            if not self.machine.get():
+                raise InfrastructureError(
+                    "the machine is gone and nobody cut its power", evidence=pump.tail(400)
+                ) from None
+            boot = BootSeen(
+                ready=False,
+                elapsed_s=time.monotonic() - begun,
+                attempts=pump.generation - links + 1,
+                evidence=pump.tail(200).strip().replace("\n", " | "),
+            )
+        else:
+            boot = BootSeen(
+                ready=True,
+                version=match.group(1),
+                slot=match.group(2),
+                boot_id=match.group(3),
+                elapsed_s=time.monotonic() - begun,
+                attempts=pump.generation - links + 1,
+            )
+        previous, self.running = self.running, boot
+        if boot.ready and previous is not None and boot.boot_id == previous.boot_id:
+            raise InfrastructureError(f"the ready marker is the old one (boot_id {boot.boot_id})")
+        self._event(boot)
+        self.note("boot", self._running_text())
+        self.did.append(self._running_text())
+        return boot
+
+    def _running_text(self) -> str:
+        boot = self.running
+        if boot is None or not boot.ready:
+            return "not ready"
+        return f"runs {boot.version} in slot {boot.slot} after {boot.elapsed_s:.1f} s"
+
+    def _power_went(self) -> None:
+        """Witness a power cut: which operation, and what it left on the disk."""
+        cut = self.machine.last_cut
+        if cut is None:
+            raise InfrastructureError(
+                "the console is gone and nobody cut the power",
+                evidence=self.machine.pump.tail(400),
+            )
+        self._event(PowerCut(cut.operation, cut.model, cut.seed))
+        self.note("power", f"{cut}")
+        self.look("after the cut")
+        self.check_data()
+
+    def _show(self, line: Line) -> None:
+        """Show the updater's state as it changes. On the pump's thread: nothing is judged here."""
+        if line.direction == "RX" and (match := self.uut.signs.state.search(line.text)):
+            self.say(match["name"])
+
+    def _harvest(self) -> None:
+        """Take the console's new lines into the events, before any event of our own."""
+        pump = self.machine.pump
+        lines = pump.slice(self._harvested).lines
+        for line in lines:
+            if line.direction == "RX":
+                self._heard(line)
+        if lines:
+            self._harvested = lines[-1].position + 1
+
+    def _heard(self, line: Line) -> None:
+        at_s = (line.monotonic_ns - self.started_ns) / 1e9
+        signs = self.uut.signs
+        if match := signs.state.search(line.text):
+            self.moments.append(Moment(at_s, "updater", f"state {match['name']}"))
+            if match["name"] == self.uut.commit_state and (artifact := self._on_trial()):
+                self.events.append(CommitReached(artifact))
+        elif match := signs.committed.search(line.text):
+            self.moments.append(Moment(at_s, "updater", line.text.strip()))
+            self.events.append(Committed(match["name"], match["slot"]))
+        elif NOTEWORTHY.search(line.text):
+            self.moments.append(Moment(at_s, "console", line.text.strip()))
+
+    def _on_trial(self) -> str | None:
+        """The artifact whose update is under way."""
+        for event in reversed(self.events):
+            if isinstance(event, InstallStarted):
+                return event.artifact
+        return None
+
+    def _event(self, event: Event) -> None:
+        self._harvest()
+        self.events.append(event)
+
+    @contextlib.contextmanager
+    def _step(self, text: str, source: str) -> Iterator[None]:
+        """A step: shown live, in the timeline, and in the report."""
+        self.say(text)
+        self.note(source, text)
+        with self.step(text):
+            yield

@@ -1,0 +1,155 @@
+"""The updater under test: the one place where the framework knows a particular updater.
+
+An updater is a set of commands that a shell on the device runs, a way to make an artifact of an
+image on the host, and the lines of its console output that mean something. `BrownoutUpdater` is
+ours. Others (Mender, RAUC, SWUpdate) are further implementations of the same protocol.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Protocol
+
+from attrs import frozen
+
+from updater.artifact import ArtifactError, write_artifact
+from updater.artifact.signature import load_private_key
+
+ZSTD_LEVEL = 3
+RUNNING = re.compile(r"^running: (?P<name>\S+) \(slot [ab]\)", re.MULTILINE)
+LAST_UPDATE = re.compile(
+    r"^last update: \S+ (?P<result>\S+) at [^\s:]+:\d+:\d+Z(?:: (?P<cause>.*))?$", re.MULTILINE
+)
+
+
+class UutError(Exception):
+    """The updater under test could not be used; the message names the file or command."""
+
+
+@frozen
+class DeviceStatus:
+    """What the device says of itself: its artifact, the last update's outcome and its cause."""
+
+    artifact: str
+    outcome: str
+    cause: str
+
+
+@frozen
+class ConsoleSigns:
+    """Regular expressions for the updater's lines on the console.
+
+    Attributes:
+        state: group `name` is the state entered.
+        installed: group `name` is the artifact, `slot` where.
+        committed: group `name` is the artifact, `slot` where.
+        rolled_back: group `name` is the artifact that runs again, `cause` why.
+        error: group `cause` says why a command failed.
+    """
+
+    state: re.Pattern[str]
+    installed: re.Pattern[str]
+    committed: re.Pattern[str]
+    rolled_back: re.Pattern[str]
+    error: re.Pattern[str]
+
+
+class UpdaterUnderTest(Protocol):
+    """What the framework asks of an updater."""
+
+    name: str
+    signs: ConsoleSigns
+    commit_state: str
+    """The state that says: the new system proved itself, it is committed now."""
+
+    def build_artifact(
+        self, image: Path, name: str, device_type: str, key: Path, destination: Path
+    ) -> Path:
+        """Make an installable artifact of a root file system image."""
+
+    def install(self, url: str) -> str:
+        """The shell command that installs from `url`; exit code 0 or 4 means installed."""
+
+    def commit(self) -> str:
+        """The shell command that commits."""
+
+    def rollback(self) -> str:
+        """The shell command that rolls back."""
+
+    def status(self) -> str:
+        """The shell command whose output `parse_status` reads."""
+
+    def parse_status(self, lines: list[str]) -> DeviceStatus:
+        """The device's own view of itself."""
+
+
+class BrownoutUpdater:
+    """Our own updater."""
+
+    name = "brownout"
+    commit_state = "ArtifactCommit"
+    signs = ConsoleSigns(
+        state=re.compile(r"updater: state (?P<name>\w+)"),
+        installed=re.compile(r"updater: installed (?P<name>\S+) into slot (?P<slot>[ab])"),
+        committed=re.compile(r"updater: committed (?P<name>\S+) \(slot (?P<slot>[ab])\)"),
+        rolled_back=re.compile(
+            r"updater: rolled back to (?P<name>\S+) \(slot [ab]\): (?P<cause>.*)"
+        ),
+        error=re.compile(r"updater: error: (?P<cause>.*)"),
+    )
+
+    def build_artifact(
+        self, image: Path, name: str, device_type: str, key: Path, destination: Path
+    ) -> Path:
+        """Make a signed artifact with `updater.artifact`.
+
+        Raises:
+            UutError: the image or key can't be read, or the artifact can't be written.
+        """
+        temporary = destination.with_suffix(".tmp")
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            write_artifact(
+                temporary,
+                image,
+                name=name,
+                device_types=[device_type],
+                key=load_private_key(key),
+                compression="zstd",
+                level=ZSTD_LEVEL,
+            )
+            temporary.replace(destination)
+        except (ArtifactError, OSError) as error:
+            raise UutError(f"no artifact can be made of {image}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return destination
+
+    def install(self, url: str) -> str:
+        """`updater install URL`."""
+        return f"updater install {shlex.quote(url)}"
+
+    def commit(self) -> str:
+        """`updater commit`."""
+        return "updater commit"
+
+    def rollback(self) -> str:
+        """`updater rollback`."""
+        return "updater rollback"
+
+    def status(self) -> str:
+        """`updater status`."""
+        return "updater status"
+
+    def parse_status(self, lines: list[str]) -> DeviceStatus:
+        """Read the lines of `updater status`."""
+        text = "\n".join(lines)
+        running = RUNNING.search(text)
+        last = LAST_UPDATE.search(text)
+        return DeviceStatus(
+            artifact=running["name"] if running else "",
+            outcome=last["result"] if last else "",
+            cause=(last["cause"] or "").strip() if last else "",
+        )

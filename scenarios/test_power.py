@@ -1,0 +1,134 @@
+"""The power goes: while the image is written, inside the boot environment, before the commit."""
+
+import allure
+import pytest
+
+from framework.faults import boot_env_write, console, slot_write, state
+from framework.network import FaultProxy
+from framework.scenario.arming import Faults
+from framework.scenario.bench import Bench
+from framework.scenario.device import Device, Update
+
+pytestmark = [
+    allure.feature("Power"),
+    pytest.mark.lg_feature("power-cut"),
+]
+
+
+@allure.story("Cut while the image is written")
+@pytest.mark.demo
+@pytest.mark.smoke
+def test_cut_in_the_middle_of_the_image(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut in the middle of the image."""
+    faults.power_cut(model="subset").when(slot_write(percent=50))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut while the image is written")
+@pytest.mark.parametrize(("percent", "model"), [(1, "torn"), (97, "prefix"), (100, "torn")])
+def test_cut_at_the_edges_of_the_image(
+    device: Device, update: Update, faults: Faults, percent: int, model: str
+) -> None:
+    """Power cut near the beginning or the end of the image."""
+    faults.power_cut(model=model).when(slot_write(percent=percent))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut inside the boot environment")
+@pytest.mark.demo
+@pytest.mark.smoke
+def test_cut_inside_the_switch(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut inside the write of the boot environment that switches slots."""
+    faults.power_cut(model="torn").when(boot_env_write(1))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut inside the boot environment")
+def test_cut_inside_the_switch_of_the_second_update(
+    device: Device, update: Update, faults: Faults, bench: Bench, proxy: FaultProxy
+) -> None:
+    """Power cut inside the switch from slot b back to slot a."""
+    device.update(update)
+    base = next(name for name, facts in device.manifest.images.items() if facts is device.base)
+    back = bench.update(base, proxy.port)
+    faults.power_cut(model="torn").when(boot_env_write(1))
+    device.install(back)
+    device.restore()
+    device.retry(back)
+
+
+@allure.story("Cut inside the boot environment")
+def test_cut_while_the_bootloader_counts(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut inside the bootloader's own write of its attempt count."""
+    device.install(update)
+    faults.power_cut(model="torn").when(boot_env_write(1))
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut before the commit")
+@pytest.mark.demo
+@pytest.mark.smoke
+def test_cut_after_the_switch_before_the_commit(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    """Power cut on the new system, before it is committed."""
+    device.install(update)
+    faults.power_cut().when(console("BROWNOUT INIT slot=b"))
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut before the commit")
+def test_cut_inside_the_commit(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut while the commit is written to the boot environment."""
+    device.install(update)
+    # Attempt count first, by the bootloader; then the commit, by the new system.
+    faults.power_cut(model="torn").when(boot_env_write(2))
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut after the commit")
+def test_cut_right_after_the_commit(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut as soon as the commit is acknowledged, the cache lost."""
+    device.install(update)
+    faults.power_cut(model="subset").when(console("updater: committed"))
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut after the install")
+def test_cut_between_switch_and_restart(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut after the install was acknowledged, before the restart; the cache lost."""
+    faults.power_cut(model="subset").when(console("updater: installed"))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Repeated cuts")
+def test_cut_twice_in_a_row(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut in the image, and again in the image of the second try."""
+    faults.power_cut(model="subset").when(slot_write(percent=60))
+    device.install(update)
+    device.restore()
+    faults.power_cut(model="torn").when(slot_write(percent=30))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+def test_state_triggers_are_states_of_the_updater() -> None:
+    """The state trigger names a state, so that a misspelt one is seen."""
+    assert str(state("ArtifactInstall")) == "when the updater enters ArtifactInstall"
