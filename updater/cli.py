@@ -149,8 +149,15 @@ def _show(verb: str, client: Client) -> int:
 
 def _parse(given: list[str]) -> argparse.Namespace:
     import argparse  # noqa: PLC0415
+    from typing import NoReturn  # noqa: PLC0415
 
-    parser = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        """argparse would exit with 2, which means "nothing in progress" here."""
+
+        def error(self, message: str) -> NoReturn:
+            raise UpdaterError(f"{message}; see `{self.prog} --help`")
+
+    parser = Parser(
         prog="updater",
         description="A/B updates that survive a power cut at any moment.",
         epilog=_EPILOG,
