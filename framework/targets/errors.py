@@ -19,5 +19,7 @@ class InfrastructureError(Exception):
     """The rig lost contact with the machine; `evidence` is what it last knew."""
 
     def __init__(self, message: str, *, evidence: str = "") -> None:
-        super().__init__(f"INFRASTRUCTURE: {message}" + (f" [last: {evidence!r}]" if evidence else ""))
+        super().__init__(
+            f"INFRASTRUCTURE: {message}" + (f" [last: {evidence!r}]" if evidence else "")
+        )
         self.evidence = evidence

@@ -249,16 +249,17 @@ def command_line(
     qmp_fd: int,
     exports: Mapping[str, tuple[Path, str]],
 ) -> list[str]:
-    """QEMU's command line: paused at start, exits on a guest's reset, console and QMP on fds.
+    """QEMU's command line: paused at start, console and QMP on inherited file descriptors.
 
     `exports` has the NBD socket and export name of each disk, by the disk's name.
     """
     arguments = [machine.program, "-nodefaults", "-no-user-config", "-display", "none"]
     arguments += ["-machine", machine.machine, "-accel", machine.accelerator]
     arguments += ["-cpu", machine.cpu, "-m", machine.memory, "-smp", str(machine.cpus)]
-    # A warm reset under TCG can take 35 s in U-Boot, so a reset ends this QEMU and the driver
-    # starts another; `-S` because nothing may run before the monitor is listened to.
-    arguments += ["-S", "-no-reboot"]
+    # `-S`: nothing may run before the monitor is listened to. No `-no-reboot`, although a reset
+    # ends this QEMU: when it exits by itself it flushes its disks, and a real board's reset
+    # button does not. The driver kills it at the RESET event and starts another.
+    arguments += ["-S"]
     arguments += ["-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"]
     arguments += ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"]
     if machine.firmware is not None:

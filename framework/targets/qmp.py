@@ -60,8 +60,9 @@ def _call(coroutine: Coroutine[Any, Any, _T], timeout_s: float, what: str) -> _T
 class QmpConnection:
     """One machine's monitor on a connected socket.
 
-    `on_event(name, data)` is called in the loop's thread for every event, in order, and must
-    not block. `close()` (or QEMU's end) ends it; `ended` is set once no event can follow.
+    `on_event(name, data, sent_s)` is called in the loop's thread for every event, in order, and
+    must not block; `sent_s` is QEMU's own time of the event (seconds, UTC). `close()` (or
+    QEMU's end) ends it; `ended` is set once no event can follow.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class QmpConnection:
         *,
         name: str,
         timeout_s: float,
-        on_event: Callable[[str, Mapping[str, Any]], None],
+        on_event: Callable[[str, Mapping[str, Any], float], None],
     ) -> None:
         self.ended = threading.Event()
         self._closing = asyncio.Event()
@@ -89,7 +90,9 @@ class QmpConnection:
 
     def _take(self, message: Any) -> bool:
         try:
-            self._on_event(str(message["event"]), message.get("data", {}))
+            stamp = message["timestamp"]
+            sent_s = stamp["seconds"] + stamp["microseconds"] / 1e6
+            self._on_event(str(message["event"]), message.get("data", {}), sent_s)
         except Exception:  # noqa: BLE001 - an observer must not break the monitor
             _log.exception("QMP event handler failed on %s", message)
         return False
