@@ -39,6 +39,18 @@ def encode_environment(variables: Mapping[str, str], size: int, flags: int | Non
     return crc + (b"" if flags is None else bytes([flags])) + data
 
 
+def encode_grubenv(variables: Mapping[str, str]) -> bytes:
+    """A GRUB environment block (GRUB manual, "Environment block"): 1024 bytes, padded with `#`.
+
+    Raises:
+        RecipeError: the variables don't fit.
+    """
+    text = "# GRUB Environment Block\n" + "".join(f"{n}={v}\n" for n, v in variables.items())
+    if len(text) > 1024:
+        raise RecipeError(f"the GRUB environment takes {len(text)} bytes, 1024 fit")
+    return text.encode().ljust(1024, b"#")
+
+
 def parse_script(text: str, values: Mapping[str, str]) -> dict[str, str]:
     """Read a commented environment source.
 

@@ -6,21 +6,32 @@ first partition and first sectors, and how Linux reaches the boot variables.
 
 from __future__ import annotations
 
+import io
 import os
+import platform
+import struct
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from images.bootenv import encode_environment, parse_script
+from images.bootenv import encode_environment, encode_grubenv, parse_script
 from images.errors import RecipeError
-from images.ext4 import MIB
-from images.gpt import Partition
+from images.ext4 import MIB, make_ext4
+from images.gpt import BIOS_BOOT, SECTOR, Partition
+from images.host import run
 from images.recipe import HERE, Recipe
+from images.store import copy_sparse, temporary_directory
+from images.tree import normalise
 
 BOOT_DIR = HERE / "boot"
 _FIRST_OFFSET = MIB
 _END = MIB  # room for the backup partition table
+
+_GRUB_MODULES = Path("usr/lib/grub/i386-pc")
+_BOOT_KERNEL_SECTOR = 0x5C  # in boot.img: 64-bit sector of core.img
+_CORE_SEGMENT = 0x820  # real-mode segment that core.img's second sector is loaded to
 
 INITIAL_VARIABLES: Mapping[str, str] = {
     "bootcount": "0",
@@ -92,6 +103,9 @@ def layout(recipe: Recipe) -> Layout:
     for number, (name, size_mib) in enumerate(sizes, 1):
         partitions.append(Partition(name, number, offset, size_mib * MIB))
         offset += size_mib * MIB
+    if recipe.bootloader == "grub":
+        start = Grub.CORE_SECTOR * SECTOR
+        partitions.append(Partition("grub-core", 5, start, _FIRST_OFFSET - start, BIOS_BOOT))
     return Layout(tuple(partitions))
 
 
@@ -191,6 +205,163 @@ class UBoot:
         return {"kind": "uboot", "copies": copies}
 
 
+class Grub:
+    """GRUB on BIOS: boot.img in the MBR, core.img (with our script in it) before partition 1.
+
+    GRUB's own installer needs a mounted disk and privileges, so the two places that it would patch
+    are patched here, after grub-core/boot/i386/pc/boot.S and diskboot.S: where boot.img finds the
+    first sector of core.img, and where that sector finds the rest. The script lives in a memory
+    disk inside core.img, which nothing ever writes: however badly the partition with the variables
+    is damaged, the script still runs and finds a slot.
+    """
+
+    CORE_SECTOR = 34
+    COPIES = ("mender_grubenv1", "mender_grubenv2")
+    BLOCK_SIZE = 1024
+    MODULES = (
+        "biosdisk",
+        "part_gpt",
+        "ext2",
+        "memdisk",
+        "tar",
+        "normal",
+        "echo",
+        "test",
+        "loadenv",
+        "linux",
+        "serial",
+        "terminal",
+        "sleep",
+        "reboot",
+        "setpci",
+        "memrw",
+        "regexp",
+    )
+
+    def files(self, context: Context) -> Mapping[str, Callable[[Path], None]]:
+        """`boot.img` and `core.img`, ready to be put on the disk."""
+
+        def boot(path: Path) -> None:
+            modules = context.bootloader_tree(path.parent / "bootloader") / _GRUB_MODULES
+            image = bytearray((modules / "boot.img").read_bytes()[:440])
+            struct.pack_into("<Q", image, _BOOT_KERNEL_SECTOR, self.CORE_SECTOR)
+            path.write_bytes(image)
+
+        def core(path: Path) -> None:
+            tree = context.bootloader_tree(path.parent / "bootloader")
+            script = (BOOT_DIR / "grub.cfg").read_text(encoding="utf-8")
+            for name, value in self._script_values(context).items():
+                script = script.replace(f"@{name}@", value)
+            memdisk = path.parent / "memdisk.tar"
+            memdisk.write_bytes(_tar_with("grub.cfg", script.encode()))
+            early = path.parent / "early.cfg"
+            early.write_text("normal (memdisk)/grub.cfg\n", encoding="utf-8")
+            arguments: list[str | Path] = ["-O", "i386-pc", "-d", tree / _GRUB_MODULES]
+            arguments += ["-m", memdisk, "-c", early, "-p", "(memdisk)/", "-o", path]
+            self._mkimage(tree, context.recipe, [*arguments, *self.MODULES])
+            image = bytearray(path.read_bytes())
+            image += bytes(-len(image) % SECTOR)
+            sectors = len(image) // SECTOR
+            if self.CORE_SECTOR + sectors > _FIRST_OFFSET // SECTOR:
+                raise RecipeError(f"GRUB's core.img has {sectors} sectors, too many for its place")
+            entry = (self.CORE_SECTOR + 1, sectors - 1, _CORE_SEGMENT)
+            struct.pack_into("<QHH", image, SECTOR - 12, *entry)
+            path.write_bytes(image)
+
+        return {"boot.img": boot, self._core_name(context): core}
+
+    @staticmethod
+    def _mkimage(tree: Path, recipe: Recipe, arguments: Sequence[str | Path]) -> None:
+        """Run grub-mkimage: the packaged one where the host can, else the host's own."""
+        if platform.machine() == "x86_64":
+            loader = tree / "lib" / recipe.multiarch / "ld-linux-x86-64.so.2"
+            folders = [tree / f"{place}/{recipe.multiarch}" for place in ("lib", "usr/lib")]
+            path = ":".join(map(str, folders))
+            run([loader, "--library-path", path, tree / "usr/bin/grub-mkimage", *arguments])
+        else:
+            run(["grub-mkimage", *arguments])
+
+    @staticmethod
+    def _core_name(context: Context) -> str:
+        return "core-single-env.img" if context.single_env else "core.img"
+
+    def _script_values(self, context: Context) -> Mapping[str, str]:
+        recipe = context.recipe
+        return {
+            "COPY_1": self.COPIES[0],
+            "COPY_2": self.COPIES[0 if context.single_env else 1],
+            "CONSOLE": recipe.console,
+            "DEVICE": recipe.device,
+            "KERNEL_ARGUMENTS": recipe.kernel_arguments,
+        }
+
+    def disk_files(self, context: Context) -> Mapping[str, str]:
+        """Nothing: the disk starts by itself."""
+        return {}
+
+    def boot_code(self, context: Context) -> bytes:
+        """GRUB's first stage."""
+        return (context.scratch / "boot.img").read_bytes()
+
+    def install(
+        self, context: Context, descriptor: int, partitions: Mapping[str, Partition]
+    ) -> None:
+        """core.img, and the boot partition with both copies of the variables.
+
+        That partition's file system has one inode per block: a torn write of one inode can't take
+        the other copy's with it.
+        """
+        core = (context.scratch / self._core_name(context)).read_bytes()
+        os.pwrite(descriptor, core, self.CORE_SECTOR * SECTOR)
+        place = partitions["boot"]
+        with temporary_directory(context.scratch) as scratch:
+            tree = scratch / "boot"
+            for copy in self.COPIES:
+                (tree / copy).mkdir(parents=True)
+                variables = encode_grubenv(INITIAL_VARIABLES)
+                (tree / copy / "env").write_bytes(variables)
+                (tree / copy / "lock").write_bytes(encode_grubenv({"editing": "0"}))
+            normalise(tree, context.recipe.timestamp)
+            make_ext4(
+                scratch / "boot.img",
+                name=f"{context.recipe.target}/boot",
+                label="boot",
+                timestamp=context.recipe.timestamp,
+                tree=tree,
+                size=place.size,
+                block=self.BLOCK_SIZE,
+                inode=self.BLOCK_SIZE,
+            )
+            copy_sparse(scratch / "boot.img", descriptor, place.offset)
+
+    def template_values(self, recipe: Recipe, single_env: bool) -> Mapping[str, str]:
+        """The client's way to the variables."""
+        copies = self.COPIES if not single_env else (self.COPIES[0],) * 2
+        paths = ", ".join(f'"/boot/grub/{copy}/env"' for copy in copies)
+        return {
+            "BOOTENV": f'kind = "grub"\ncopies = [{paths}]',
+            "MOUNT_BOOT": (
+                f"mount -t ext4 -o noatime,sync {recipe.device}1 /boot/grub "
+                '|| echo "BROWNOUT BOOT-FAILED"'
+            ),
+        }
+
+    def environment(self, recipe: Recipe) -> dict[str, Any]:
+        """Two files of the boot partition."""
+        paths = [f"/{copy}/env" for copy in self.COPIES]
+        return {"kind": "grubenv", "partition": "boot", "paths": paths}
+
+
+def _tar_with(name: str, content: bytes) -> bytes:
+    """A tar archive of one file, the same at every time."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def for_recipe(recipe: Recipe) -> Bootloader:
     """The bootloader that a recipe asks for.
 
@@ -199,4 +370,6 @@ def for_recipe(recipe: Recipe) -> Bootloader:
     """
     if recipe.bootloader == "uboot":
         return UBoot()
+    if recipe.bootloader == "grub":
+        return Grub()
     raise RecipeError(f"recipe {recipe.target}: there is no bootloader {recipe.bootloader!r}")

@@ -36,7 +36,7 @@ def fixed_uuid(name: str) -> uuid.UUID:
     return uuid.uuid5(_NAMESPACE, name)
 
 
-def _tree_demand(tree: Path) -> tuple[int, int]:
+def _tree_demand(tree: Path, block: int) -> tuple[int, int]:
     """(blocks, inodes) that the content of `tree` takes."""
     blocks = inodes = 0
     for path in tree.rglob("*"):
@@ -45,10 +45,10 @@ def _tree_demand(tree: Path) -> tuple[int, int]:
             blocks += len(str(path.readlink())) // 60 and 1
         elif path.is_dir():
             # Long directories take more than a block; 64 bytes cover an entry's usual length.
-            blocks += 1 + sum(1 for _ in path.iterdir()) * 64 // BLOCK
+            blocks += 1 + sum(1 for _ in path.iterdir()) * 64 // block
         else:
             size = path.stat().st_size
-            blocks += -(-size // BLOCK)
+            blocks += -(-size // block)
             blocks += 1 if size > 4 * 128 * MIB else 0
     return blocks, inodes
 
@@ -63,6 +63,8 @@ def make_ext4(
     size: int | None = None,
     spare: int = 2 * MIB,
     journal: bool = False,
+    block: int = BLOCK,
+    inode: int = 256,
 ) -> int:
     """Make an ext4 image.
 
@@ -75,6 +77,8 @@ def make_ext4(
         size: bytes, a multiple of 4 KiB; without it the smallest that holds the tree and `spare`.
         spare: free bytes to leave where `size` isn't given.
         journal: a read-write file system wants one, a read-only one doesn't.
+        block: bytes of a block.
+        inode: bytes of an inode.
 
     Returns:
         The image's size in bytes.
@@ -83,21 +87,21 @@ def make_ext4(
         ImageTooLargeError: the tree doesn't fit into `size`.
         ToolFailedError: mke2fs, debugfs or e2fsck failed.
     """
-    blocks, inodes = _tree_demand(tree) if tree is not None else (0, 0)
+    blocks, inodes = _tree_demand(tree, block) if tree is not None else (0, 0)
     inode_count = inodes + 64 if tree is not None else 4096
     if size is None:
-        tables = inode_count * 256 + 64 * BLOCK
-        size = -(-(blocks * BLOCK + tables + spare) // MIB) * MIB
-    if tree is not None and blocks * BLOCK > size:
+        tables = inode_count * inode + 64 * block
+        size = -(-(blocks * block + tables + spare) // MIB) * MIB
+    if tree is not None and blocks * block > size:
         raise ImageTooLargeError(
-            f"{name} needs {blocks * BLOCK / MIB:.0f} MiB, its file system has {size / MIB:.0f} MiB"
+            f"{name} needs {blocks * block / MIB:.0f} MiB, its file system has {size / MIB:.0f} MiB"
         )
     configuration = image.with_name(image.name + ".mke2fs.conf")
     configuration.write_text(_MKE2FS_CONF)
     features = _FEATURES + (",has_journal" if journal else "")
     identity = fixed_uuid(name)
     command: list[str | Path] = ["mke2fs", "-q", "-F", "-t", "ext4", "-O", features]
-    command += ["-b", str(BLOCK), "-I", "256", "-m", "0", "-N", str(inode_count)]
+    command += ["-b", str(block), "-I", str(inode), "-m", "0", "-N", str(inode_count)]
     command += ["-U", str(identity), "-L", label]
     command += ["-E", f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,nodiscard"]
     if tree is not None:
@@ -106,7 +110,7 @@ def make_ext4(
     try:
         with image.open("xb") as file:
             file.truncate(size)
-        run([*command, image, str(size // BLOCK)], env=env)
+        run([*command, image, str(size // block)], env=env)
         _normalise_inodes(image, timestamp, env)
         run(["e2fsck", "-f", "-n", image], env=env)
     finally:

@@ -139,7 +139,7 @@ def load_recipe(target: str) -> Recipe:
             root_modules=tuple(modules["rootfs"]),
             applets=tuple(tree["applets"]),
             overlays=tuple(tree["overlays"]),
-            drop=tuple(tree["drop"]),
+            drop=tuple(tree["drop"]) + tuple(tree.get("drop_extra", ())),
             boot_mib=int(disk["boot_mib"]),
             slot_mib=int(disk["slot_mib"]),
             data_mib=int(disk["data_mib"]),

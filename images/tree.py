@@ -24,7 +24,20 @@ from images.progress import Reporter
 from images.pyc import MAGIC_VERSION
 from images.recipe import HERE, OVERLAY_DIR, PLANTED_DIR, Recipe, Variant
 
-_DIRECTORIES = ("bin", "boot", "data", "dev", "etc", "lib", "proc", "root", "run", "sbin", "sys")
+_DIRECTORIES = (
+    "bin",
+    "boot",
+    "boot/grub",
+    "data",
+    "dev",
+    "etc",
+    "lib",
+    "proc",
+    "root",
+    "run",
+    "sbin",
+    "sys",
+)
 _SUFFIX = ".in"
 _CLIENT_PARTS = ("__init__.py", "cli.py", "artifact", "device")
 
@@ -254,7 +267,8 @@ def normalise(root: Path, timestamp: int) -> None:
                 executable = path.is_dir() or path.stat().st_mode & 0o100
                 path.chmod(0o755 if executable else 0o644)
             os.utime(path, (timestamp, timestamp), follow_symlinks=False)
-    (root / "tmp").chmod(0o1777)
-    (root / "root").chmod(0o700)
+    for name, mode in (("tmp", 0o1777), ("root", 0o700)):
+        if (root / name).is_dir():
+            (root / name).chmod(mode)
     root.chmod(0o755)
     os.utime(root, (timestamp, timestamp))
