@@ -348,6 +348,8 @@ class FatReader:
                 continue  # the volume's label
             short = entry[:8].decode("cp437").rstrip()
             extension = entry[8:11].decode("cp437").rstrip()
+            short = short.lower() if entry[12] & 0x08 else short  # Windows NT's flags
+            extension = extension.lower() if entry[12] & 0x10 else extension
             name = long_name or (f"{short}.{extension}" if extension else short)
             long_name = ""
             high, low, size = (
