@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from updater.cli import main
-from updater.device.slot_writer import Payload, SlotWriter
+from updater.device.slot_writer import SlotWriter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from updater.device.slot_writer import Payload
 
 
 def _trust(self: SlotWriter, payload: Payload) -> None:

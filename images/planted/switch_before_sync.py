@@ -11,7 +11,11 @@ import os
 from updater.cli import main
 from updater.device import blockdev
 from updater.device.client import Client
-from updater.device.slot_writer import Payload, SlotWriter
+from updater.device.slot_writer import SlotWriter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from updater.device.slot_writer import Payload
 
 _honest_activate = Client.activate
 _honest_sync = SlotWriter.sync
