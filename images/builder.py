@@ -270,6 +270,7 @@ class _Build:
         self.debs = {}
         layout = bootloaders.layout(self.recipe)
         keys: dict[str, str] = {}
+        variants = [*variants, *self._earlier_variants({variant.name for variant in variants})]
         for variant in variants:
             name = f"rootfs-{variant.name}.img"
             keys[name] = self._variant_key(variant)
@@ -295,8 +296,7 @@ class _Build:
             files[disk] = key
             self._make(disk, key, partial(self._disk, context, variant, layout.partitions))
             disks[variant.name] = {"file": disk, **loader.disk_files(context)}
-        kept = self._other_variants(set(keys))
-        return self._write_manifest(loader, layout, {**keys, **kept, **files}, disks)
+        return self._write_manifest(loader, layout, {**keys, **files}, disks)
 
     def _context(self, variant: Variant) -> bootloaders.Context:
         return bootloaders.Context(
@@ -430,27 +430,25 @@ class _Build:
 
     # --- manifest -----------------------------------------------------------------------------
 
-    def _other_variants(self, built: set[str]) -> dict[str, str]:
-        """Root file systems of earlier builds that still fit; stale ones are deleted."""
-        kept: dict[str, str] = {}
-        for name in list(self.state):
-            if name in built or not name.startswith("rootfs-"):
+    def _earlier_variants(self, asked: set[str]) -> list[Variant]:
+        """Variants of earlier builds that are still fresh; the files of stale ones are deleted."""
+        fresh: list[Variant] = []
+        for name in sorted(self.state):
+            variant_name = name.removeprefix("rootfs-").removesuffix(".img")
+            if not name.startswith("rootfs-") or variant_name in asked:
                 continue
-            path = self.output / name
             try:
-                variant = parse_variant(
-                    self.recipe, name.removeprefix("rootfs-").removesuffix(".img")
-                )
-                fresh = self._variant_key(variant) == self.state[name]["key"] and path.is_file()
+                variant = parse_variant(self.recipe, variant_name)
+                if self._variant_key(variant) == self.state[name]["key"]:
+                    fresh.append(variant)
+                    continue
             except ImageError:
-                fresh = False
-            if fresh and not variant.is_modified:
-                kept[name] = str(self.state[name]["key"])
-            elif not fresh:
-                path.unlink(missing_ok=True)
-                del self.state[name]
-        self._write_state()
-        return kept
+                # It was built from a recipe that no longer knows it.
+                pass
+            for stale in (name, f"disk-{variant_name}.img"):
+                (self.output / stale).unlink(missing_ok=True)
+                self.state.pop(stale, None)
+        return fresh
 
     def _write_manifest(
         self,

@@ -71,7 +71,7 @@ def build_base(
             for path in list(root.glob(pattern)):
                 remove(path)
         for name in _DIRECTORIES:
-            (root / name).mkdir(exist_ok=True)
+            (root / name).mkdir(parents=True, exist_ok=True)
         for name in ("tmp", "var"):
             if (root / name).exists():
                 remove(root / name)
