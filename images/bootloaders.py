@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from images import uboot
 from images.bootenv import encode_environment, encode_grubenv, parse_script
 from images.errors import RecipeError
 from images.ext4 import MIB, make_ext4
 from images.gpt import BIOS_BOOT, SECTOR, Partition
 from images.host import run
+from images.progress import Reporter
 from images.recipe import HERE, Recipe
 from images.store import copy_sparse, temporary_directory
 from images.tree import normalise
+from images.uboot_sd import CARD_NAME, SdUBoot, card_partition, is_separate, locked_inputs
 
 BOOT_DIR = HERE / "boot"
 _FIRST_OFFSET = MIB
@@ -57,12 +60,16 @@ class Context:
         single_env: only one copy of the boot variables is to be used (a planted flaw).
         bootloader_tree: unpacks the bootloader's packages below a scratch directory.
         scratch: a directory on the output's file system.
+        cache: where things are kept from build to build.
+        reporter: takes reports of long work.
     """
 
     recipe: Recipe
     single_env: bool
     bootloader_tree: Callable[[Path], Path]
     scratch: Path
+    cache: Path
+    reporter: Reporter
 
 
 class Bootloader(Protocol):
@@ -71,7 +78,7 @@ class Bootloader(Protocol):
     def files(self, context: Context) -> Mapping[str, Callable[[Path], None]]:
         """Files beside the disk: name, and what makes each at a given path."""
 
-    def disk_files(self, context: Context) -> Mapping[str, str]:
+    def disk_files(self, context: Context) -> Mapping[str, Any]:
         """Which of the files a disk is to be started with, by role."""
 
     def boot_code(self, context: Context) -> bytes:
@@ -106,7 +113,29 @@ def layout(recipe: Recipe) -> Layout:
     if recipe.bootloader == "grub":
         start = Grub.CORE_SECTOR * SECTOR
         partitions.append(Partition("grub-core", 5, start, _FIRST_OFFSET - start, BIOS_BOOT))
+    if _on_card(recipe) and is_separate(recipe):
+        partitions = partitions[1:]
     return Layout(tuple(partitions))
+
+
+def other_partitions(recipe: Recipe) -> tuple[tuple[str, Partition], ...]:
+    """Partitions of the machine's other disks: (the disk's name, partition)."""
+    separate = _on_card(recipe) and is_separate(recipe)
+    return ((CARD_NAME, card_partition()),) if separate else ()
+
+
+def sources(recipe: Recipe) -> list[dict[str, str]]:
+    """Name, version and SHA-256 of what the bootloader is compiled from, if we compile it."""
+    return locked_inputs() if _on_card(recipe) else []
+
+
+def source_key(recipe: Recipe) -> str:
+    """Hash of everything that goes into the compiled bootloader; empty if it is a package."""
+    return uboot.build_key() if _on_card(recipe) else ""
+
+
+def _on_card(recipe: Recipe) -> bool:
+    return "environment_device" in recipe.options
 
 
 def disk_size(partitions: Sequence[Partition]) -> int:
@@ -165,7 +194,7 @@ class UBoot:
             "KERNEL_ARGUMENTS": recipe.kernel_arguments,
         }
 
-    def disk_files(self, context: Context) -> Mapping[str, str]:
+    def disk_files(self, context: Context) -> Mapping[str, Any]:
         """The firmware and the seed of a disk."""
         return {"firmware": "u-boot.bin", "seed": self._seed_name(context)}
 
@@ -295,7 +324,7 @@ class Grub:
             "KERNEL_ARGUMENTS": recipe.kernel_arguments,
         }
 
-    def disk_files(self, context: Context) -> Mapping[str, str]:
+    def disk_files(self, context: Context) -> Mapping[str, Any]:
         """Nothing: the disk starts by itself."""
         return {}
 
@@ -369,7 +398,7 @@ def for_recipe(recipe: Recipe) -> Bootloader:
         RecipeError: there is no such kind.
     """
     if recipe.bootloader == "uboot":
-        return UBoot()
+        return SdUBoot() if _on_card(recipe) else UBoot()
     if recipe.bootloader == "grub":
         return Grub()
     raise RecipeError(f"recipe {recipe.target}: there is no bootloader {recipe.bootloader!r}")

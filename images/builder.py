@@ -67,6 +67,7 @@ _SHAPING = (
     "gpt.py",
     "pyc.py",
     "tree.py",
+    "uboot_sd.py",
 )
 
 
@@ -245,6 +246,7 @@ class _Build:
                 ("recipe", recipe_text(recipe.target)),
                 ("packages", "\n".join(map(str, self._used(self.lock)))),
                 ("python", platform.python_version()),
+                ("bootloader", bootloaders.source_key(recipe)),
             )
         )
 
@@ -277,7 +279,7 @@ class _Build:
             self._make(name, keys[name], partial(self._rootfs, variant))
         loader = bootloaders.for_recipe(self.recipe)
         files: dict[str, str] = {}
-        disks: dict[str, dict[str, str]] = {}
+        disks: dict[str, dict[str, Any]] = {}
         for variant in variants:
             if variant.name != BASE_VARIANT and not variant.is_modified:
                 continue
@@ -304,6 +306,8 @@ class _Build:
             single_env=variant.single_env,
             bootloader_tree=self._bootloader_tree,
             scratch=self.output,
+            cache=self.places.cache,
+            reporter=self.reporter,
         )
 
     def _make(self, name: str, key: str, make: Callable[[Path], None]) -> None:
@@ -455,7 +459,7 @@ class _Build:
         loader: bootloaders.Bootloader,
         layout: bootloaders.Layout,
         files: Mapping[str, str],
-        disks: Mapping[str, Mapping[str, str]],
+        disks: Mapping[str, Mapping[str, Any]],
     ) -> TargetImages:
         recipe = self.recipe
         variants = {
@@ -472,7 +476,8 @@ class _Build:
             "target": recipe.target,
             "arch": recipe.architecture,
             "bootloader": recipe.bootloader,
-            "packages": [vars(package) for package in sorted(set(self._used(self.lock)))],
+            "packages": [vars(package) for package in sorted(set(self._used(self.lock)))]
+            + bootloaders.sources(recipe),
             "files": {
                 name: {"sha256": self.state[name]["sha256"], "size": self.state[name]["size"]}
                 for name in sorted(files)
@@ -483,6 +488,16 @@ class _Build:
                 "partitions": [
                     {"name": p.name, "number": p.number, "offset": p.offset, "size": p.size}
                     for p in layout.partitions
+                ]
+                + [
+                    {
+                        "name": p.name,
+                        "number": p.number,
+                        "offset": p.offset,
+                        "size": p.size,
+                        "device": disk,
+                    }
+                    for disk, p in bootloaders.other_partitions(recipe)
                 ],
                 "env": loader.environment(recipe),
             },
