@@ -98,21 +98,24 @@ def parse_block(block: bytes) -> dict[str, str]:
     if len(block) != BLOCK_BYTES or not block.startswith(_SIGNATURE.encode()):
         raise ValueError("not a GRUB environment block")
     values: dict[str, str] = {}
-    key, text, escaped, in_value = "", "", False, False
+    # Lines that begin with # are comments; the padding is one that never ends.
+    key, text, escaped, in_value, in_comment = "", "", False, False, False
     for char in block.decode("utf-8", "surrogateescape")[len(_SIGNATURE) :]:
         if escaped:
             text += char
             escaped = False
-        elif char == "\\" and in_value:
-            escaped = True
         elif char == "\n":
             if in_value:
                 values[key] = text
-            text, in_value = "", False
-        elif char == "=" and not in_value:
+            text, in_value, in_comment = "", False, False
+        elif in_comment:
+            continue
+        elif in_value and char == "\\":
+            escaped = True
+        elif not in_value and char == "=":
             key, text, in_value = text, "", True
-        elif char == "#" and not in_value and not text:
-            break
+        elif not in_value and not text and char == "#":
+            in_comment = True
         else:
             text += char
     return values
