@@ -56,8 +56,10 @@ class WriteThrough(CacheModel):
     name: ClassVar[str] = "kept"
 
     def decide(self, cycle: PowerCycle, seed: int) -> Decision:
-        """Keep all."""
-        return Decision(open_operations=len(cycle.open_rows()))
+        """Keep all that was completed; what was in flight is lost."""
+        rows = cycle.open_rows()
+        lost = rows[cycle.operations.completed[rows] < 0]
+        return Decision(dropped=_numbers(cycle, lost.tolist()), open_operations=len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,28 @@ class VolatileCache(CacheModel):
     def decide(self, cycle: PowerCycle, seed: int) -> Decision:
         """Keep a subset."""
         return _subset(cycle, cycle.open_rows().tolist(), seed, self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReorderedCache(CacheModel):
+    """A cache that drained in the wrong order: only the newest survive (`reordered`).
+
+    A corner of `subset`, the one that an ordering bug can't hide from: of the open operations the
+    newest `newest` reached the medium and none of the older ones. The seed is not used.
+    """
+
+    name: ClassVar[str] = "reordered"
+    newest: int = 1
+
+    def __post_init__(self) -> None:
+        if self.newest < 0:
+            raise DiskError(f"ReorderedCache: newest={self.newest} is negative")
+
+    def decide(self, cycle: PowerCycle, seed: int) -> Decision:
+        """Keep the newest."""
+        rows = cycle.open_rows().tolist()
+        lost = rows[: len(rows) - self.newest] if self.newest else rows
+        return Decision(dropped=_numbers(cycle, lost), open_operations=len(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +211,8 @@ class TornSector(CacheModel):
 
 
 MODELS: Final[dict[str, type[CacheModel]]] = {
-    m.name: m for m in (WriteThrough, PrefixCache, VolatileCache, TornSector, LyingFlush)
+    m.name: m
+    for m in (WriteThrough, PrefixCache, VolatileCache, ReorderedCache, TornSector, LyingFlush)
 }
 """The models by the names that DESIGN.md and the journal use."""
 

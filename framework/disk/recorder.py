@@ -383,7 +383,9 @@ class Recorder:
             now,
             position + garbage_at,
         )
-        if decision.dropped or decision.partial or decision.garbage or decision.unreadable:
+        in_flight = bool((operations.completed < 0).any())
+        harmed = decision.dropped or decision.partial or decision.garbage or decision.unreadable
+        if harmed or in_flight:
             rots = [r for r in self._rots if r.cycle == index]
             start = [d.power_on for d in self._devices]
             maps = rebuild(start, operations, rots, decision, record.garbage_position)
@@ -429,7 +431,12 @@ class Recorder:
                     len(self._log) + 1, kind, name, request.offset, request.length, fua
                 )
                 try:
-                    if not self._fire(arriving):
+                    freezing = self._fire(arriving)
+                    if freezing is not None:
+                        inside = isinstance(freezing.action, Freeze) and freezing.action.inside
+                        if inside:
+                            self._arrive(device, request, flags, payload)
+                        self._begin_freeze(freezing, arriving)
                         return False
                 except RecorderError:
                     request.error = nbd.EIO
@@ -438,27 +445,35 @@ class Recorder:
                 if flips:
                     stored = _flipped(payload, request.offset, flips)
                     flags |= Flag.CORRUPTED
-            now = time.monotonic_ns()
-            sequence, position = journal.append(
-                kind,
-                device=device,
-                flags=flags,
-                operation=len(self._log) + 1,
-                offset=request.offset,
-                length=request.length,
-                payload=stored,
-                time_ns=now,
-            )
-            if kind is Kind.WRITE:
-                request.position = position
-            request.number = self._log.arrive(
-                (kind, device, request.offset, request.length, flags, request.position),
-                sequence=sequence,
-                time_ns=now,
-                cycle=len(self._cuts),
-            )
+            self._arrive(device, request, flags, stored)
             self._in_flight += 1
             return True
+
+    def _arrive(
+        self, device: int, request: Pending, flags: Flag, payload: bytes | memoryview
+    ) -> None:
+        """Record an operation's arrival and number it."""
+        kind = request.kind
+        assert kind is not None
+        now = time.monotonic_ns()
+        sequence, position = self._require().append(
+            kind,
+            device=device,
+            flags=flags,
+            operation=len(self._log) + 1,
+            offset=request.offset,
+            length=request.length,
+            payload=payload,
+            time_ns=now,
+        )
+        if kind is Kind.WRITE:
+            request.position = position
+        request.number = self._log.arrive(
+            (kind, device, request.offset, request.length, flags, request.position),
+            sequence=sequence,
+            time_ns=now,
+            cycle=len(self._cuts),
+        )
 
     def register_read(self, device: int, request: Pending) -> None:
         """Note a read's arrival: faults may concern it."""
@@ -535,8 +550,8 @@ class Recorder:
 
     # ---------------------------------------------------------------- triggers and faults
 
-    def _fire(self, arriving: Arriving) -> bool:
-        """Let the armed triggers see an operation; False if it is refused."""
+    def _fire(self, arriving: Arriving) -> Armed | None:
+        """Let the armed triggers see an operation; the one that freezes on it, if any."""
         freezing: Armed | None = None
         for armed in list(self._armed):
             if not armed.counter.feed(arriving):
@@ -546,14 +561,11 @@ class Recorder:
                 self._start_fault(armed, armed.action.fault, arriving)
             else:
                 freezing = freezing or armed
-        if freezing is None:
-            return True
-        self._begin_freeze(freezing, arriving)
-        return False
+        return freezing
 
     def _begin_freeze(self, armed: Armed, arriving: Arriving | None) -> None:
         journal = self._require()
-        number = len(self._log) + 1
+        number = len(self._log) + 1 if arriving is None else arriving.operation
         armed.operation = number
         armed.at = arriving
         self._quiet = True

@@ -172,7 +172,14 @@ class _Any(Counter):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Freeze:
-    """Refuse the operation and answer nothing any more, reads too, until the power is cut."""
+    """Answer nothing any more, reads too, until the power is cut; the operation is refused.
+
+    With `inside` it is not refused but left in flight: it arrived, its data are in the journal,
+    it is never completed. A cache model then decides what of it reached the medium, so that power
+    goes *inside* this very write, also where it carries FUA.
+    """
+
+    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

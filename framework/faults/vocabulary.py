@@ -11,8 +11,8 @@ from typing import Literal
 
 from attrs import evolve, field, frozen, validators
 
-MODELS = ("kept", "prefix", "subset", "torn", "lying")
-CacheModelName = Literal["kept", "prefix", "subset", "torn", "lying"]
+MODELS = ("kept", "prefix", "subset", "reordered", "torn", "lying")
+CacheModelName = Literal["kept", "prefix", "subset", "reordered", "torn", "lying"]
 
 
 class FaultError(Exception):
@@ -107,7 +107,7 @@ class PowerCut:
     """The power goes, and the disk keeps what `model` says of the writes not yet flushed.
 
     Attributes:
-        model: the cache model: `kept`, `prefix`, `subset`, `torn` or `lying`.
+        model: the cache model: `kept`, `prefix`, `subset`, `reordered`, `torn` or `lying`.
         trigger: when.
     """
 

@@ -163,7 +163,9 @@ def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
     else:
         assert isinstance(trigger, AtState | ConsoleSays)
         return _on_console(faults, fault, trigger, model)
-    armed = device.machine.arm_cut(where, model, faults.seed)
+    # A boot environment is small: the power goes inside its write, not before it.
+    inside = isinstance(trigger, BootEnvWrite)
+    armed = device.machine.arm_cut(where, model, faults.seed, inside=inside)
     return ArmedFault(fault, armed.fired, armed.disarm)
 
 

@@ -85,8 +85,10 @@ class Machine(Protocol):
     def fresh(self, images: dict[str, Path] | None = None) -> Recorder:
         """Pristine disks."""
 
-    def arm_cut(self, trigger: Trigger, model: CacheModel, seed: int) -> Armed:
-        """Cut the power before the operation that fires `trigger`."""
+    def arm_cut(
+        self, trigger: Trigger, model: CacheModel, seed: int, *, inside: bool = False
+    ) -> Armed:
+        """Cut the power before the operation that fires `trigger`, or inside it."""
 
     def trip(self, cause: str, model: CacheModel, seed: int) -> None:
         """Cut the power now, from any thread, without blocking."""

@@ -65,6 +65,7 @@ from framework.disk import (
     CutRecord,
     DeviceSpec,
     DiskError,
+    Freeze,
     JournalReader,
     Recorder,
     Trigger,
@@ -522,16 +523,24 @@ class RecordedQEMUDriver(
         self.on()
 
     def arm_cut(
-        self, trigger: Trigger, model: str | CacheModel = "kept", seed: int | None = None
+        self,
+        trigger: Trigger,
+        model: str | CacheModel = "kept",
+        seed: int | None = None,
+        *,
+        inside: bool = False,
     ) -> Armed:
         """Cut the power exactly before the operation that fires `trigger`, under `model`.
+
+        With `inside` the power goes in the middle of that operation: it is in flight, and the
+        model decides what of it is on the medium.
 
         When that happens QEMU is killed, the disks are rebuilt, every wait on the console ends
         with `ConsoleLost`, and `power_lost` is set; `last_cut` then has the record.
         """
         plan = _plan(model, seed)
         with self._lock:
-            armed = self.recorder.arm(trigger)
+            armed = self.recorder.arm(trigger, Freeze(inside))
             self._plans[id(armed)] = plan
             return armed
 
@@ -726,7 +735,9 @@ class RecordedQEMUDriver(
         """The recorder stopped the disks (its thread): nothing may run on."""
         if self._trip is None:
             self._trip_plan = self._plans.get(id(armed))
-            cause = f"power was cut before operation {armed.operation} (trigger: {armed.trigger})"
+            inside = isinstance(armed.action, Freeze) and armed.action.inside
+            where = "inside" if inside else "before"
+            cause = f"power was cut {where} operation {armed.operation} (trigger: {armed.trigger})"
             self._trip = PowerLoss(cause, armed, time.monotonic_ns())
         process = self._process
         if process is not None:

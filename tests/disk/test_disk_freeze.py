@@ -19,6 +19,8 @@ from framework.disk import (
     JournalReader,
     Recorder,
     RecorderError,
+    ReorderedCache,
+    TornSector,
     Trigger,
     WriteThrough,
 )
@@ -149,11 +151,13 @@ def test_a_failing_callback_fails_the_run(tmp_path, base):
 
 
 def drive(client) -> None:
-    """20 writes with a flush after each fifth: 24 operations."""
-    for i in range(20):
-        client.send(WRITE, i * KIB4, pattern(i))
-        if i % 5 == 4:
-            client.send(FLUSH)
+    """20 writes with a flush after each fifth: 24 operations; a frozen server stops reading."""
+    client.sock.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        for i in range(20):
+            client.send(WRITE, i * KIB4, pattern(i))
+            if i % 5 == 4:
+                client.send(FLUSH)
 
 
 @pytest.mark.parametrize(
@@ -269,3 +273,42 @@ def test_unknown_devices_in_triggers_and_faults_are_refused(recorder):
         recorder.arm(Trigger.operation(1), Inject(Fault.bit_rot("vdz", 0)))
     with pytest.raises(RecorderError, match="beyond the end"):
         recorder.inject(Fault.bit_flip("vda", 1 << 40))
+
+
+@pytest.mark.parametrize("fua", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_freeze_inside_a_write_lets_the_model_tear_that_very_write(recorder, connect, seed, fua):
+    client = connect()
+    client.write(0, pattern(1) * 2)
+    armed = recorder.arm(Trigger.operation(1), Freeze(inside=True))
+    client.send(WRITE, 0, pattern(7) * 2, flags=1 if fua else 0)
+    assert armed.fired.wait(10)
+    record = recorder.cut(TornSector(newest=True, kinds=("mix",)), seed)
+    assert record.operation == armed.operation == 2
+    with recorder.disk("vda") as disk, JournalReader(recorder.journal_path) as reader:
+        content = disk.read(0, 2 * KIB4)
+        with reader.after_cut(0) as replayed:
+            assert replayed.read(0, 2 * KIB4) == content
+    sectors = {content[i : i + 512][:1] for i in range(0, len(content), 512)}
+    assert sectors <= {pattern(1)[:1], pattern(7)[:1]}
+    assert record.decision.partial
+
+
+def test_a_write_in_flight_is_lost_when_nothing_is_cached(recorder, connect):
+    client = connect()
+    client.write(0, pattern(1))
+    armed = recorder.arm(Trigger.operation(1), Freeze(inside=True))
+    client.send(WRITE, 0, pattern(7))
+    assert armed.fired.wait(10)
+    recorder.cut(WriteThrough())
+    with recorder.disk("vda") as disk:
+        assert disk.read(0, KIB4) == pattern(1)
+
+
+@pytest.mark.parametrize("newest", [0, 1, 2, 9])
+def test_a_reordering_cache_keeps_only_the_newest(recorder, connect, newest):
+    client = connect()
+    for i in range(4):
+        client.write(i * KIB4, pattern(i))
+    recorder.cut(ReorderedCache(newest=newest))
+    assert applied(recorder, 4) == [i >= 4 - newest for i in range(4)]
