@@ -98,9 +98,10 @@ def parse_block(block: bytes) -> dict[str, str]:
     if len(block) != BLOCK_BYTES or not block.startswith(_SIGNATURE.encode()):
         raise ValueError("not a GRUB environment block")
     values: dict[str, str] = {}
-    # Lines that begin with # are comments; the padding is one that never ends.
+    # Lines that begin with # are comments; the padding is one that never ends, and most of it.
+    body = block[len(_SIGNATURE) :].rstrip(b"#").decode("utf-8", "surrogateescape")
     key, text, escaped, in_value, in_comment = "", "", False, False, False
-    for char in block.decode("utf-8", "surrogateescape")[len(_SIGNATURE) :]:
+    for char in body:
         if escaped:
             text += char
             escaped = False
