@@ -32,10 +32,15 @@ def _width(pattern: re.Pattern[bytes]) -> int:
 
 @dataclass(frozen=True)
 class Marker:
-    """A named bounded pattern: `name` for people and messages, `pattern` for the machine."""
+    """A named bounded pattern: `name` for people and messages, `pattern` for the machine.
+
+    `restart` is for death strings after which the machine starts again: they do not disturb a
+    reader that is not bound to one boot (labgrid's UBootDriver.reset waits across one).
+    """
 
     name: str
     pattern: str | bytes
+    restart: bool = False
     compiled: re.Pattern[bytes] = field(init=False, repr=False, compare=False)
     width: int = field(init=False, repr=False, compare=False)
 
@@ -83,6 +88,6 @@ DEFAULT_DEATHS: tuple[Marker, ...] = (
     Marker("kernel oops", r"(?:Internal error: |BUG: unable to |Unable to )[^\r\n]{1,120}"),
     Marker("kernel oops", r"Oops: [0-9a-f]{4,16}"),
     Marker("U-Boot hang", r"### ERROR ### [^\r\n]{1,80}"),
-    Marker("U-Boot reset", r"resetting \.\.\."),
+    Marker("U-Boot reset", r"resetting \.\.\.", restart=True),
     Marker("U-Boot exception", r'"Synchronous Abort" handler'),
 )

@@ -393,8 +393,8 @@ class ConsolePump:
 
         Ends at once with `ConsoleLost`, or with `ConsoleDeath` for a death string at or after
         `deaths_since` (None: don't look), but only after everything received before has been
-        handed out. With `generation`, what later links received is not handed out; their
-        beginning is a loss, too.
+        handed out. With `generation` the reader is bound to that boot: what later links received
+        is not handed out, and their beginning is a loss; without it a restart is no death.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -405,7 +405,11 @@ class ConsolePump:
                 if end > begin:
                     stop = end if limit_bytes is None else min(end, begin + limit_bytes)
                     return bytes(self._buffer[begin - self._base : stop - self._base]), stop
-                death = None if deaths_since is None else self._first_death(deaths_since)
+                death = (
+                    None
+                    if deaths_since is None
+                    else self._first_death(deaths_since, restarts=generation is not None)
+                )
                 if death is not None:
                     raise self._death_error(death, "")
                 if restarted:
@@ -635,9 +639,9 @@ class ConsolePump:
     def _tail(self) -> str:
         return clean_text(bytes(self._buffer[-_TAIL_BYTES:]))
 
-    def _first_death(self, since: int) -> Death | None:
+    def _first_death(self, since: int, *, restarts: bool = True) -> Death | None:
         for death in self._seen_deaths:
-            if death.start >= since:
+            if death.start >= since and (restarts or not death.marker.restart):
                 return death
         return None
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from framework.console import ConsoleError, ConsolePump, SocketTransport
+from framework.console import ConsoleError, ConsoleLost, ConsolePump, SocketTransport
 from framework.targets.errors import RigError
 from framework.targets.machine import architecture_of
 from framework.targets.probe_payloads import AARCH64_FIRMWARE, MARKER, X86_FLOPPY
@@ -56,7 +56,7 @@ def static_hint(
 ) -> str | None:
     """Why KVM cannot work, as far as that shows without trying; None if it may."""
     if _FAMILY.get(guest) != _FAMILY.get(host, host):
-        return f"a {guest} guest on a {host} machine"
+        return f"a guest for {guest} on a machine of {host}"
     if not kvm_usable:
         return f"{_KVM} is missing or may not be opened"
     if pvm:
@@ -103,8 +103,8 @@ def runs(
     *,
     kernel: Path | None = None,
     deadline_s: float = _DEADLINE_S,
-) -> bool:
-    """Start a tiny guest (or `kernel`) under `accelerator`; whether it spoke before the deadline.
+) -> str | None:
+    """Start a tiny guest (or `kernel`) under `accelerator`; None if it spoke, else what it did.
 
     The guest is ended for certain, whatever it did.
     """
@@ -132,9 +132,12 @@ def runs(
             pump.attach(SocketTransport(ours))
             try:
                 pump.wait_for(marker, deadline_s, since=0)
+            except ConsoleLost:
+                process.exited.wait(deadline_s)
+                return f"QEMU gave up ({process.output()})"
             except ConsoleError:
-                return False
-            return True
+                return f"no answer within {deadline_s:g} s"
+            return None
     finally:
         theirs.close()
         ours.close()
@@ -162,9 +165,10 @@ def probe(
         if hint is not None:
             return Accelerator("tcg", hint)
     what = "a kernel" if kernel is not None else "a test guest"
-    if runs(program, "kvm", kernel=kernel, deadline_s=deadline_s):
+    problem = runs(program, "kvm", kernel=kernel, deadline_s=deadline_s)
+    if problem is None:
         return Accelerator("kvm", f"{what} ran under KVM")
-    return Accelerator("tcg", f"{what} did not answer under KVM within {deadline_s:g} s")
+    return Accelerator("tcg", f"{what} did not run under KVM: {problem}")
 
 
 def choose(

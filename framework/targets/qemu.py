@@ -556,10 +556,13 @@ class RecordedQEMUDriver(
         self._trip = PowerLoss(cause, None, time.monotonic_ns())
         process.signal_kill()
 
-    def fresh(self, images: Mapping[str, Path] | None = None) -> Recorder:
+    def fresh(
+        self, images: Mapping[str, Path] | None = None, pflash: Path | None = None
+    ) -> Recorder:
         """Pristine disks and a new journal, for the next test; the machine must be off.
 
-        `images` replaces base images by disk name, e.g. `{"vda": Path("other.img")}`.
+        `images` replaces base images by disk name, e.g. `{"vda": Path("other.img")}`, `pflash` the
+        second pflash, both until the next call.
         """
         with self._lock:
             if self.get():
@@ -573,6 +576,7 @@ class RecordedQEMUDriver(
                 self._recorder.close()
             self._cut_pending = False
             self._forget_failure()
+            self._other_pflash = pflash
             self._open_recorder(bases)
             return self.recorder
 
@@ -596,7 +600,7 @@ class RecordedQEMUDriver(
             cpus=self.cpus,
             accelerator=self._accel.name,
             firmware=images.firmware,
-            pflash=images.pflash,
+            pflash=self._other_pflash or images.pflash,
             kernel=images.kernel,
             boot_args=self.boot_args,
             disks=self._disks,
