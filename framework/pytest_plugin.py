@@ -7,6 +7,7 @@ breaks it (`InfrastructureError`). A result file and Allure attachments are left
 Markers:
     base(variant): the image in slot a at the beginning (default v1).
     update(variant): the image in the update (default v2).
+    images(variants...): further images that it uses.
     planted(violates=n): the base or update is broken on purpose; the scenario must turn red with
         invariant n, and the test passes if it does.
     demo, smoke: subsets of the suite.
@@ -34,17 +35,19 @@ from framework.scenario.record import attach, record
 from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.rig import check_rig
 from framework.verdict import Outcome, Verdict, ViolationError
+from images import ImageError, Progress, build_target, recipe_names
 
 DEFAULT_BASE = "v1"
 DEFAULT_UPDATE = "v2"
 MARKERS = (
     "base(variant): image in slot a at the beginning",
     "update(variant): image in the update",
+    "images(*variants): further images that the scenario uses",
     "planted(violates): broken on purpose; must turn red with this invariant",
     "demo: part of `make demo`",
     "smoke: the few scenarios that say most",
 )
-BENCH = pytest.StashKey[Bench]()
+SLOW_STEP_S = 1.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,11 +74,20 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     rig = config.getoption("lg_env", default=None)
-    if rig is not None:
+    if rig is not None and not _worker(config):
+        target = Path(rig).stem
         try:
+            if target in recipe_names():
+                build_target(target, progress=_tell_build, relock_if_gone=True)
             check_rig(rig)
-        except RigError as error:
+        except (RigError, ImageError) as error:
             raise pytest.UsageError(str(error)) from error
+
+
+def _tell_build(progress: Progress) -> None:
+    """Say which part of an image was built: the first build takes a while."""
+    if progress.finished and progress.seconds >= SLOW_STEP_S:
+        print(f"images: {progress.step} ({progress.seconds:.0f} s)", flush=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -117,6 +129,8 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     for item in request.session.items:
         for name in ("base", "update"):
             wanted.update(str(marker.args[0]) for marker in item.iter_markers(name))
+        for marker in item.iter_markers("images"):
+            wanted.update(marker.args)
     try:
         opened = open_bench(request, sorted(wanted))
     except BenchError as error:

@@ -3,7 +3,7 @@
 import allure
 import pytest
 
-from framework.faults import boot_env_write, console, slot_write, state
+from framework.faults import after_switch, boot_env_write, console, slot_write, state
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
 from framework.scenario.bench import Bench
@@ -44,6 +44,17 @@ def test_cut_at_the_edges_of_the_image(
 def test_cut_inside_the_switch(device: Device, update: Update, faults: Faults) -> None:
     """Power cut inside the write of the boot environment that switches slots."""
     faults.power_cut(model="torn").when(boot_env_write(1))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut inside the boot environment")
+def test_cut_inside_the_switch_with_a_reordering_cache(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    """Power cut inside the switch; of what was not flushed only the newest write is on the disk."""
+    faults.power_cut(model="reordered").when(boot_env_write(1))
     device.install(update)
     device.restore()
     device.retry(update)
@@ -113,6 +124,19 @@ def test_cut_between_switch_and_restart(device: Device, update: Update, faults: 
     """Power cut after the install was acknowledged, before the restart; the cache lost."""
     faults.power_cut(model="subset").when(console("updater: installed"))
     device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut after the install")
+@pytest.mark.parametrize("operations", [2, 20])
+def test_cut_a_little_after_the_switch(
+    device: Device, update: Update, faults: Faults, operations: int
+) -> None:
+    """Power cut some disk operations after the switch."""
+    faults.power_cut(model="subset").when(after_switch(operations=operations))
+    if device.install(update).exit_code is not None:
+        device.reboot()
     device.restore()
     device.retry(update)
 

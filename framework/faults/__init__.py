@@ -1,6 +1,7 @@
 """The vocabulary of faults: what goes wrong, and when."""
 
 from framework.faults.vocabulary import (
+    AfterSwitch,
     AtState,
     BitFlip,
     BootEnvWrite,
@@ -12,6 +13,7 @@ from framework.faults.vocabulary import (
     PowerCut,
     SlotWrite,
     Trigger,
+    after_switch,
     boot_env_write,
     console,
     downloaded,
@@ -20,6 +22,7 @@ from framework.faults.vocabulary import (
 )
 
 __all__ = [
+    "AfterSwitch",
     "AtState",
     "BitFlip",
     "BootEnvWrite",
@@ -31,6 +34,7 @@ __all__ = [
     "PowerCut",
     "SlotWrite",
     "Trigger",
+    "after_switch",
     "boot_env_write",
     "console",
     "downloaded",

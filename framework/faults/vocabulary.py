@@ -42,6 +42,17 @@ class BootEnvWrite:
 
 
 @frozen
+class AfterSwitch:
+    """Some disk operations after the boot environment was first written, by whoever."""
+
+    operations: int = field(validator=validators.ge(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"{self.operations} disk operations after the switch"
+
+
+@frozen
 class ConsoleSays:
     """When a line of the console contains this text."""
 
@@ -74,7 +85,7 @@ class Downloaded:
         return f"when {self.percent:g} % of the artifact is downloaded"
 
 
-Trigger = SlotWrite | BootEnvWrite | ConsoleSays | AtState | Downloaded
+Trigger = SlotWrite | BootEnvWrite | AfterSwitch | ConsoleSays | AtState | Downloaded
 
 
 def slot_write(*, percent: float) -> Trigger:
@@ -85,6 +96,11 @@ def slot_write(*, percent: float) -> Trigger:
 def boot_env_write(nth: int = 1) -> Trigger:
     """Inside the nth write to the boot environment."""
     return BootEnvWrite(nth)
+
+
+def after_switch(*, operations: int) -> Trigger:
+    """`operations` disk operations after the boot environment was written."""
+    return AfterSwitch(operations)
 
 
 def console(text: str) -> Trigger:

@@ -6,6 +6,7 @@ stop the machine when the line arrives, some operations later. Network faults go
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from typing import Literal
 from attrs import define, field
 
 from framework.console import Line
-from framework.disk import CacheModel, Inject, TornSector, model_from
+from framework.disk import Arriving, CacheModel, Inject, TornSector, model_from
 from framework.disk import Fault as DiskFault
 from framework.disk import Trigger as DiskTrigger
+from framework.disk.triggers import Counter
 from framework.faults import (
+    AfterSwitch,
     AtState,
     BitFlip,
     BootEnvWrite,
@@ -160,6 +163,8 @@ def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
         if isinstance(model, TornSector):
             # The write in flight is the newest: the power goes inside it.
             model = TornSector(newest=True)
+    elif isinstance(trigger, AfterSwitch):
+        where = _later(_environment_write(device, 1), trigger.operations)
     else:
         assert isinstance(trigger, AtState | ConsoleSays)
         return _on_console(faults, fault, trigger, model)
@@ -167,6 +172,40 @@ def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
     inside = isinstance(trigger, BootEnvWrite)
     armed = device.machine.arm_cut(where, model, faults.seed, inside=inside)
     return ArmedFault(fault, armed.fired, armed.disarm)
+
+
+def _environment_write(device: Device, nth: int) -> DiskTrigger:
+    """The nth write that touches the boot environment, whichever copy."""
+    copies = device.manifest.environment
+    start = min(copy.offset for copy in copies)
+    end = max(copy.offset + copy.length for copy in copies)
+    return DiskTrigger.block_range(copies[0].device, start, end - start, skip=nth - 1)
+
+
+@dataclasses.dataclass
+class _Later(Counter):
+    """Fires some operations after the one on which `first` fires."""
+
+    first: Counter
+    operations: int
+    counting: bool = False
+
+    def feed(self, arriving: Arriving) -> bool:
+        """Take the next operation."""
+        if self.counting:
+            self.operations -= 1
+            return self.operations == 0
+        self.counting = self.first.feed(arriving)
+        return False
+
+
+def _later(trigger: DiskTrigger, operations: int) -> DiskTrigger:
+    """The `operations`-th operation after the one that meets `trigger`."""
+    return dataclasses.replace(
+        trigger,
+        text=f"{operations} operations after {trigger.text}",
+        new_counter=lambda: _Later(trigger.new_counter(), operations),
+    )
 
 
 def _on_console(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from attrs import define
 
-from framework.scenario.device import Device, Machine, Shell, Update
+from framework.scenario.device import Device, Machine, Update
 from framework.scenario.manifest import ManifestError, TargetManifest
-from framework.targets.protocols import PowerCutProtocol
+from framework.targets.strategy import SlotStrategy
 from framework.targets.uut import BrownoutUpdater, UpdaterUnderTest, UutError
 from images import ImageError, TargetImages, build_target
 from updater.server import ArtifactFileServer, ServerError
@@ -31,33 +31,21 @@ class Bench:
     """What a session's scenarios share.
 
     Attributes:
-        target: the labgrid target.
         machine: its driver.
+        strategy: starts it and runs commands on it.
         images: the target's images, built.
         server: the TLS server, with the artifacts.
         uut: the updater under test.
         key: the private key that signs artifacts.
     """
 
-    target: Any
     machine: Machine
+    strategy: SlotStrategy
     images: TargetImages
     server: ArtifactFileServer
     uut: UpdaterUnderTest
     artifacts: Path
     key: Path
-    shell_link: int = 0
-
-    def shell(self) -> Shell:
-        """A shell on the device, of its present start: a login made before a reset is stale."""
-        driver: Any = self.target.get_driver("CommandProtocol", activate=False)
-        link = self.machine.pump.generation
-        if self.shell_link != link:
-            self.target.deactivate(driver)
-            self.shell_link = link
-        self.target.activate(driver)
-        shell: Shell = driver
-        return shell
 
     def manifest(self, base: str) -> TargetManifest:
         """What is known of the target's images when slot a holds `base`."""
@@ -71,12 +59,11 @@ class Bench:
     ) -> Device:
         """A device, switched off, with a pristine disk whose slot a holds `base`."""
         manifest = self.manifest(base)
-        if self.machine.get():
-            self.machine.off()
-        self.machine.fresh(manifest.disks)
+        self.strategy.transition("off")
+        self.machine.fresh(manifest.disks, manifest.firmware.get("seed"))
         return Device(
             machine=self.machine,
-            shell=self.shell,
+            strategy=self.strategy,
             uut=self.uut,
             manifest=manifest,
             base=manifest.images[base],
@@ -98,8 +85,7 @@ class Bench:
     def close(self) -> None:
         """Switch the machine off and stop the server."""
         self.server.close()
-        if self.machine.get():
-            self.machine.off()
+        self.strategy.transition("off")
 
 
 def open_bench(request: pytest.FixtureRequest, variants: Sequence[str]) -> Bench:
@@ -112,7 +98,9 @@ def open_bench(request: pytest.FixtureRequest, variants: Sequence[str]) -> Bench
     try:
         images = build_target(target_name, variants, relock_if_gone=True)
         target = request.getfixturevalue("target")
-        machine: Any = target.get_driver(PowerCutProtocol)
+        strategy: SlotStrategy = target.get_strategy()
+        strategy.transition("off")
+        machine: Machine = strategy.power
         keys = images.directory.parent / "keys"
         artifacts = images.directory / ARTIFACT_FOLDER
         artifacts.mkdir(exist_ok=True)
@@ -120,7 +108,7 @@ def open_bench(request: pytest.FixtureRequest, variants: Sequence[str]) -> Bench
     except (ImageError, ManifestError, ServerError, UutError, OSError) as error:
         raise BenchError(str(error)) from error
     bench = Bench(
-        target, machine, images, server, BrownoutUpdater(), artifacts, keys / "artifact.key"
+        machine, strategy, images, server, BrownoutUpdater(), artifacts, keys / "artifact.key"
     )
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)

@@ -13,20 +13,20 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import pexpect
-from attrs import Factory, define, frozen
+from attrs import Factory, define, evolve, frozen
 
-from framework.console import ConsoleError, ConsoleLost, ConsolePump, ConsoleTimeout, Line
+from framework.console import ConsoleLost, ConsolePump, ConsoleTimeout, Line
 from framework.disk import Armed, CacheModel, CutRecord, Recorder, Trigger
 from framework.report import Moment
 from framework.scenario.inspect import check_data, look
 from framework.scenario.manifest import TargetManifest
 from framework.targets.errors import InfrastructureError
+from framework.targets.strategy import BootOutcome, Fate, SlotStrategy
 from framework.targets.uut import UpdaterUnderTest
 from framework.verdict import (
     BootSeen,
@@ -45,7 +45,6 @@ from framework.verdict import (
     judge,
 )
 
-READY = rb"BROWNOUT READY version=([^\r\n ]{1,80}) slot=([ab]) boot_id=([0-9a-f-]{36})"
 NOTEWORTHY = re.compile(r"updater: |BROWNOUT |AB: |Kernel panic|U-Boot 20|GNU GRUB")
 CANARY_PATH = "/canary"
 CANARY_COMMAND = (
@@ -70,20 +69,10 @@ class Machine(Protocol):
     def pump(self) -> ConsolePump:
         """What drains its console."""
 
-    def on(self) -> None:
-        """Power on."""
-
-    def off(self) -> None:
-        """Power off."""
-
-    def get(self) -> bool:
-        """Whether it has power."""
-
-    def restore(self) -> None:
-        """Power on after a cut."""
-
-    def fresh(self, images: dict[str, Path] | None = None) -> Recorder:
-        """Pristine disks."""
+    def fresh(
+        self, images: Mapping[str, Path] | None = None, pflash: Path | None = None
+    ) -> Recorder:
+        """Pristine disks, and another boot script."""
 
     def arm_cut(
         self, trigger: Trigger, model: CacheModel, seed: int, *, inside: bool = False
@@ -92,13 +81,6 @@ class Machine(Protocol):
 
     def trip(self, cause: str, model: CacheModel, seed: int) -> None:
         """Cut the power now, from any thread, without blocking."""
-
-
-class Shell(Protocol):
-    """Runs commands on the device; valid while the machine has power."""
-
-    def run(self, command: str, timeout: float) -> tuple[list[str], list[str], int]:
-        """Standard output, standard error, exit code."""
 
 
 @frozen
@@ -124,22 +106,20 @@ class Device:
 
     Attributes:
         machine: its driver.
-        shell: gives a shell on the running device, made anew after each start.
+        strategy: starts it and runs commands on it.
         uut: the updater under test.
         manifest: the target's images and layout.
         base: facts of the image that slot a held at the beginning.
-        boot_budget_s: seconds from power-on to the ready marker.
         say: called with each step, for the live display.
         step: opens a step of the report.
         before_retry: called before an update is tried again: the faults are over.
     """
 
     machine: Machine
-    shell: Callable[[], Shell]
+    strategy: SlotStrategy
     uut: UpdaterUnderTest
     manifest: TargetManifest
     base: ImageFacts
-    boot_budget_s: float = 90.0
     say: Callable[[str], None] = lambda text: None
     step: Callable[[str], AbstractContextManager[Any]] = nullcontext
     before_retry: Callable[[], None] = lambda: None
@@ -162,16 +142,14 @@ class Device:
     def close(self) -> None:
         """Stop listening and switch the machine off."""
         self._forget()
-        if self.machine.get():
-            self.machine.off()
+        self.strategy.transition("off")
 
     # -- steps of a scenario -----------------------------------------------------------------
 
     def boot(self) -> BootSeen:
         """Power on and wait until the device is ready; leaves a synced file to look for later."""
         with self._step("power on", "boot"):
-            self.machine.on()
-            boot = self._wait_ready(self._harvested)
+            boot = self._seen(self.strategy.boot())
             if boot is None:
                 raise InfrastructureError("the power went during the first start")
             if boot.ready:
@@ -193,17 +171,15 @@ class Device:
         """Restart the device and wait until it is ready; None if the power went meanwhile."""
         with self._step("rebooting", "boot"):
             since = self.machine.pump.position
-            # The console may go before the prompt is back: what counts is the next start.
-            with contextlib.suppress(ConsoleError):
-                self.shell().run("sync; reboot -f >/dev/null 2>&1 &", timeout=COMMAND_TIMEOUT_S)
-            return self._wait_ready(since)
+            # The console goes with the machine: what counts is the next start.
+            with contextlib.suppress(ConsoleLost):
+                self.strategy.run("sync; reboot -f", COMMAND_TIMEOUT_S)
+            return self._seen(self.strategy.await_boot(since))
 
     def restore(self) -> BootSeen:
         """Give power back after a cut and wait until the device is ready."""
         with self._step("power restored", "boot"):
-            since = self.machine.pump.position
-            self.machine.restore()
-            boot = self._wait_ready(since)
+            boot = self._seen(self.strategy.boot())
         if boot is None:
             return self.restore()
         if boot.ready:
@@ -269,8 +245,8 @@ class Device:
 
     def read_status(self) -> StatusRead:
         """Ask the device what it thinks it runs, and how the last update ended."""
-        output, _, _ = self.shell().run(self.uut.status(), timeout=COMMAND_TIMEOUT_S)
-        told = self.uut.parse_status(output)
+        result = self.strategy.run(self.uut.status(), COMMAND_TIMEOUT_S)
+        told = self.uut.parse_status(list(result.lines))
         status = StatusRead(told.artifact, told.outcome, told.cause)
         self._event(status)
         self.note("updater", f"status: {told.artifact} {told.outcome} {told.cause}".strip())
@@ -299,72 +275,58 @@ class Device:
 
     def _install(self, update: Update, timeout_s: float) -> InstallEnded:
         try:
-            output, errors, code = self.shell().run(self.uut.install(update.url), timeout=timeout_s)
+            result = self.strategy.run(self.uut.install(update.url), timeout_s)
         except ConsoleLost:
             self._power_went()
             self.did.append(f"install of {update.name} cut short")
             return InstallEnded(update.name, None)
-        except (ConsoleTimeout, pexpect.TIMEOUT):
+        except ConsoleTimeout:
             self.did.append(f"install of {update.name} had not ended after {timeout_s:g} s")
             return InstallEnded(update.name, None, timed_out=True)
-        text = "\n".join([*output, *errors])
-        causes = [match["cause"].strip() for match in self.uut.signs.error.finditer(text)]
+        causes = [match["cause"].strip() for match in self.uut.signs.error.finditer(result.text)]
         cause = causes[-1] if causes else ""
-        if code in INSTALLED_EXIT_CODES:
+        if result.code in INSTALLED_EXIT_CODES:
             self.did.append(f"{update.name} installed")
         else:
             self.did.append(f"{update.name} refused: {cause}")
-        self.note("updater", f"install ended with exit code {code} {cause}".strip())
-        return InstallEnded(update.name, code, cause)
+        self.note("updater", f"install ended with exit code {result.code} {cause}".strip())
+        return InstallEnded(update.name, result.code, cause)
 
     def _leave_canary(self) -> None:
-        output, errors, code = self.shell().run(CANARY_COMMAND, timeout=COMMAND_TIMEOUT_S)
-        if code != 0 or not output:
-            raise InfrastructureError(f"no file can be written to /data: {errors or output}")
-        self._canary_sha256 = output[-1].split()[0]
+        result = self.strategy.run(CANARY_COMMAND, COMMAND_TIMEOUT_S)
+        if result.code != 0 or not result.lines:
+            raise InfrastructureError(f"no file can be written to /data: {result.text}")
+        self._canary_sha256 = result.lines[-1].split()[0]
 
-    def _wait_ready(self, since: int) -> BootSeen | None:
-        """Wait for the ready marker from console position `since` on; None: the power went."""
-        pump = self.machine.pump
-        begun = time.monotonic()
-        links = pump.generation
-        try:
-            match = pump.wait_for(READY, self.boot_budget_s, since, deaths=False)
-        except ConsoleLost:
+    def _seen(self, outcome: BootOutcome) -> BootSeen | None:
+        """Take a start's outcome into the events; None if the power went meanwhile."""
+        if outcome.fate is Fate.POWER_LOST:
             self._power_went()
             return None
-        except ConsoleTimeout:
-            if not self.machine.get():
-                raise InfrastructureError(
-                    "the machine is gone and nobody cut its power", evidence=pump.tail(400)
-                ) from None
-            boot = BootSeen(
-                ready=False,
-                elapsed_s=time.monotonic() - begun,
-                attempts=pump.generation - links + 1,
-                evidence=pump.tail(200).strip().replace("\n", " | "),
+        boot = BootSeen(
+            ready=outcome.ready,
+            elapsed_s=outcome.seconds,
+            attempts=outcome.starts,
+            evidence="" if outcome.ready else str(outcome),
+        )
+        if outcome.boot is not None:
+            boot = evolve(
+                boot,
+                version=outcome.boot.version,
+                slot=outcome.boot.slot,
+                boot_id=outcome.boot.boot_id,
             )
-        else:
-            boot = BootSeen(
-                ready=True,
-                version=match.group(1),
-                slot=match.group(2),
-                boot_id=match.group(3),
-                elapsed_s=time.monotonic() - begun,
-                attempts=pump.generation - links + 1,
-            )
-        previous, self.running = self.running, boot
-        if boot.ready and previous is not None and boot.boot_id == previous.boot_id:
-            raise InfrastructureError(f"the ready marker is the old one (boot_id {boot.boot_id})")
+        first, self.running = self.running is None, boot
         self._event(boot)
         self.note("boot", self._running_text())
-        self.did.append(self._running_text())
+        if not first or not boot.ready:
+            self.did.append(self._running_text())
         return boot
 
     def _running_text(self) -> str:
         boot = self.running
         if boot is None or not boot.ready:
-            return "not ready"
+            return "not ready" if boot is None else boot.evidence
         return f"runs {boot.version} in slot {boot.slot} after {boot.elapsed_s:.1f} s"
 
     def _power_went(self) -> None:
