@@ -22,9 +22,10 @@ def take(data_dir: str, verb: str) -> int:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        pid, _, other = os.pread(handle, 100, 0).decode("utf-8", "replace").strip().partition(" ")
+        holder = os.pread(handle, 100, 0).decode("utf-8", "replace").partition("\n")[0]
+        pid, _, verb_there = holder.partition(" ")
         os.close(handle)
-        raise BusyError(other or "?", pid or "?") from None
+        raise BusyError(verb_there or "?", pid or "?") from None
     except OSError as error:
         os.close(handle)
         raise StoreError(f"{path}: cannot be locked: {error.strerror}") from error
