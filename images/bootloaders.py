@@ -257,7 +257,7 @@ class Grub:
         "echo",
         "test",
         "loadenv",
-        "linux",
+        "linux16",
         "serial",
         "terminal",
         "sleep",
