@@ -211,6 +211,7 @@ class RecordedQEMUDriver(
         self._program = ""
         self._accel: accel.Accelerator | None = None
         self._link_up = True
+        self._other_pflash: Path | None = None
         self._trip: PowerLoss | None = None
         self._trip_plan: _Plan | None = None
         self._plans: dict[int, _Plan] = {}
