@@ -189,12 +189,13 @@ class JournalReader:
         return LazyDisk(name, sectors, self.base_paths[name], self.path)
 
     def final(self, device: str | None = None) -> LazyDisk:
-        """The disk as it was when the journal ends."""
+        """The disk as it was when the journal ends; what was in flight then is not on it."""
         at = self._index(device)
         name = self.devices[at]
         cycle, power_cycle = self._cycle(len(self.cuts))
         rots = [r for r in self.rots if r.cycle == cycle]
-        maps = rebuild(self.power_on(cycle), power_cycle.operations, rots, Decision(), 0)
+        decision = WriteThrough().decide(power_cycle, 0)
+        maps = rebuild(self.power_on(cycle), power_cycle.operations, rots, decision, EXTRA)
         return LazyDisk(name, maps[at], self.base_paths[name], self.path)
 
     # ---------------------------------------------------------------- loading

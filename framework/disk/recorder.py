@@ -60,6 +60,7 @@ from framework.disk.triggers import (
 )
 
 JOURNAL_NAME: Final = "disk.journal"
+PREPARE_BYTES: Final = 96 << 20
 _SOCKET_NAME: Final = "nbd.sock"
 _MAX_SOCKET_PATH: Final = 107
 _SHORT_PREFIX: Final = "brownout-"
@@ -129,9 +130,19 @@ class Recorder:
     """Records and serves the disks of one machine; see the module's text. Thread-safe."""
 
     def __init__(
-        self, devices: Sequence[DeviceSpec], directory: Path, *, durable_journal: bool = False
+        self,
+        devices: Sequence[DeviceSpec],
+        directory: Path,
+        *,
+        durable_journal: bool = False,
+        prepare_bytes: int = PREPARE_BYTES,
     ) -> None:
-        """Nothing is opened before `start`. `durable_journal`: fdatasync it at every flush."""
+        """Nothing is opened before `start`.
+
+        `durable_journal`: fdatasync it at every flush. `prepare_bytes`: how much of the journal is
+        kept ready in the page cache for a burst of writes, given back at `close`.
+        """
+        self._prepare_bytes = prepare_bytes
         self._specs = tuple(devices)
         self._directory = Path(directory)
         self._durable = durable_journal
@@ -505,6 +516,12 @@ class Recorder:
         if journal is not None and journal.dirty:
             with self._lock:
                 self._guard(JournalWriter.flush)
+
+    def prepare(self) -> bool:
+        """Use an idle moment to prepare the journal for a burst; whether there is more to do."""
+        with self._lock:
+            journal = self._journal
+            return journal is not None and journal.prepare(self._prepare_bytes)
 
     def complete(self, device: int, requests: list[Pending]) -> None:
         """Let operations take effect and record their completion."""

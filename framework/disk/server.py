@@ -21,6 +21,7 @@ from framework.disk.errors import RecorderError
 from framework.disk.journal import SECTOR, Kind
 
 _BUFFER: Final = 2 << 20
+_IDLE_MS: Final = 20
 _MAX_PENDING: Final = 1024
 _KINDS: Final = {
     nbd.CMD_WRITE: Kind.WRITE,
@@ -79,6 +80,9 @@ class Core(nbd.Exports, Protocol):
     def settle(self) -> None:
         """Have late records in the journal, too, if there are any."""
 
+    def prepare(self) -> bool:
+        """Use an idle moment for what is not urgent, a bit; whether there is more to do."""
+
     def complete(self, device: int, requests: list[Pending]) -> None:
         """Let operations take effect and record their completion."""
 
@@ -98,6 +102,7 @@ class Connection:
         self._view = memoryview(self._buffer)
         self._start = 0
         self._end = 0
+        self._missing = 0  # of a write whose beginning is in the buffer
         self._held = False  # the journal's queue refers to the buffer
         self._pending: deque[Pending] = deque()
         self._leaving = False
@@ -115,7 +120,10 @@ class Connection:
                 if self._leaving:
                     break
                 self._core.settle()
-                self._wait()
+                if not self._pending and self._missing:
+                    self._receive_rest()
+                else:
+                    self._wait()
         except nbd.ProtocolError as error:
             reason = f"dropped: {error}"
         except OSError as error:
@@ -145,7 +153,11 @@ class Connection:
         full = len(self._pending) >= _MAX_PENDING
         self._poll.modify(self._sock, 0 if full else select.POLLIN)
         if not self._pending:
-            self._poll.poll()
+            idle = not self._poll.poll(_IDLE_MS)
+            while idle and self._core.prepare():
+                idle = not self._poll.poll(0)
+            if idle:
+                self._poll.poll()
             return
         due = min(r.due for r in self._pending)
         left = due - time.monotonic()
@@ -174,6 +186,21 @@ class Connection:
             if not self._parse():
                 return
 
+    def _receive_rest(self) -> None:
+        """Wait for the rest of a write in the kernel: nothing else is under way here."""
+        while self._end + self._missing > len(self._buffer):
+            self._make_room()
+        into = self._view[self._end : self._end + self._missing]
+        try:
+            got = self._sock.recv_into(into, 0, socket.MSG_WAITALL)
+        except ConnectionError:
+            got = 0
+        if got < self._missing:
+            self._leaving = True
+            return
+        self._end += got
+        self._parse()
+
     def _make_room(self) -> None:
         if self._held:
             self._commit()
@@ -188,6 +215,7 @@ class Connection:
 
     def _parse(self) -> bool:
         """Record every complete request in the buffer; False if nothing more is to be read."""
+        self._missing = 0
         while self._end - self._start >= nbd.REQUEST.size:
             header = nbd.Request(*nbd.REQUEST.unpack_from(self._buffer, self._start))
             if header.magic != nbd.REQUEST_MAGIC:
@@ -199,6 +227,7 @@ class Connection:
                     raise nbd.ProtocolError(f"a write of {header.length} bytes")
                 after += header.length
                 if after > self._end:
+                    self._missing = after - self._end
                     return True
             if header.command == nbd.CMD_DISC:
                 self._leaving = True

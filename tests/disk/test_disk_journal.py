@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,36 @@ def test_any_single_damaged_byte_is_noticed(recording, tmp_path):
         assert reader.torn_at is not None
         assert reader.torn_at <= at
         assert not reader.closed_cleanly
+
+
+@pytest.mark.parametrize("size", [1, 71, 72, 5000, 3 << 20])
+def test_space_that_a_killed_recorder_had_prepared_is_a_clean_end(recording, tmp_path, size):
+    path, records = recording
+    data = path.read_bytes()
+    reader = read_variant(path, data + bytes(size), tmp_path)
+    assert reader.torn_at is None
+    assert reader.unread_bytes == 0
+    assert len(reader.operations) == 24
+    torn = data[: records[-2].position - 10] + bytes(size)  # half a header, then such space
+    reader = read_variant(path, torn, tmp_path)
+    assert reader.torn_at == records[-2].position - RECORD_SIZE
+    assert read_variant(path, data + bytes(size) + b"x", tmp_path).torn_at == len(data)
+
+
+def test_an_idle_recorder_prepares_space_and_gives_it_back(tmp_path, base):
+    with Recorder([DeviceSpec("vda", base)], tmp_path / "run", prepare_bytes=4 << 20) as rec:
+        before = rec.journal_path.stat().st_size
+        with Client(rec.endpoint("vda").socket, "vda") as client:
+            deadline = time.monotonic() + 10
+            while rec.journal_path.stat().st_size < 4 << 20:
+                assert time.monotonic() < deadline
+            client.write(0, b"x" * (1 << 20))
+            client.write(1 << 20, b"y" * 4096)
+            assert client.read((1 << 20) - 512, 1024) == b"x" * 512 + b"y" * 512
+            with JournalReader(rec.journal_path) as reader:  # as a killed one leaves it
+                assert reader.torn_at is None
+                assert len(reader.operations) == 2
+    assert before < rec.journal_path.stat().st_size < before + (2 << 20)
 
 
 def test_a_missing_middle_is_noticed(recording, tmp_path):
@@ -247,7 +278,7 @@ def test_a_killed_harness_leaves_a_readable_journal(tmp_path, base, seed):
     # Everything that was acknowledged had arrived in the journal, and is whole there.
     assert len(reader.operations) >= len(acknowledged) >= 50
     expected = bytearray(base.read_bytes())
-    for i in range(len(reader.operations)):
+    for i in (reader.operations.completed >= 0).nonzero()[0].tolist():
         where, data = contents[i]
         expected[where : where + 4096] = data
     with reader.final() as disk:
