@@ -3,6 +3,8 @@
 import allure
 import pytest
 
+from framework.disk import TornSector
+from framework.disk.models import Tear
 from framework.faults import after_switch, boot_env_write, console, slot_write, state
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
@@ -43,7 +45,19 @@ def test_cut_at_the_edges_of_the_image(
 @pytest.mark.smoke
 def test_cut_inside_the_switch(device: Device, update: Update, faults: Faults) -> None:
     """Power cut inside the write of the boot environment that switches slots."""
-    faults.power_cut(model="torn").when(boot_env_write(1))
+    faults.power_cut(TornSector(newest=True, kinds=("garbage",))).when(boot_env_write(1))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut inside the boot environment")
+@pytest.mark.parametrize("tear", ["mix", "unreadable"])
+def test_cut_inside_the_switch_leaves_a_torn_copy(
+    device: Device, update: Update, faults: Faults, tear: Tear
+) -> None:
+    """Power cut inside the switch; the copy is a mix of old and new, or can't be read."""
+    faults.power_cut(TornSector(newest=True, kinds=(tear,))).when(boot_env_write(1))
     device.install(update)
     device.restore()
     device.retry(update)
@@ -102,8 +116,9 @@ def test_cut_after_the_switch_before_the_commit(
 def test_cut_inside_the_commit(device: Device, update: Update, faults: Faults) -> None:
     """Power cut while the commit is written to the boot environment."""
     device.install(update)
-    # Attempt count first, by the bootloader; then the commit, by the new system.
-    faults.power_cut(model="torn").when(boot_env_write(2))
+    faults.power_cut(TornSector(newest=True, kinds=("garbage",))).when(
+        boot_env_write(1, after="ArtifactCommit")
+    )
     device.reboot()
     device.restore()
     device.retry(update)

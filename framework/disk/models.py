@@ -105,11 +105,12 @@ class ReorderedCache(CacheModel):
     """A cache that drained in the wrong order: only the newest survive (`reordered`).
 
     A corner of `subset`, the one that an ordering bug can't hide from: of the open operations the
-    newest `newest` reached the medium and none of the older ones. The seed is not used.
+    newest `newest` reached the medium and none of the older ones. Two by default: a switch, and
+    what was written just before it. The seed is not used.
     """
 
     name: ClassVar[str] = "reordered"
-    newest: int = 1
+    newest: int = 2
 
     def __post_init__(self) -> None:
         if self.newest < 0:

@@ -11,7 +11,8 @@ from typing import Literal
 
 from attrs import evolve, field, frozen, validators
 
-MODELS = ("kept", "prefix", "subset", "reordered", "torn", "lying")
+from framework.disk import MODELS, CacheModel
+
 CacheModelName = Literal["kept", "prefix", "subset", "reordered", "torn", "lying"]
 
 
@@ -32,13 +33,18 @@ class SlotWrite:
 
 @frozen
 class BootEnvWrite:
-    """Inside a write to the boot environment, by the updater or the bootloader: the nth one."""
+    """Inside a write to the boot environment, by the updater or the bootloader: the nth one.
+
+    With `after`, writes count from when the updater entered that state.
+    """
 
     nth: int = field(default=1, validator=validators.ge(1))
+    after: str | None = None
 
     def __str__(self) -> str:
         """The trigger as part of a sentence."""
-        return f"inside boot-environment write {self.nth}"
+        since = "" if self.after is None else f" in {self.after}"
+        return f"inside boot-environment write {self.nth}{since}"
 
 
 @frozen
@@ -93,9 +99,9 @@ def slot_write(*, percent: float) -> Trigger:
     return SlotWrite(percent)
 
 
-def boot_env_write(nth: int = 1) -> Trigger:
-    """Inside the nth write to the boot environment."""
-    return BootEnvWrite(nth)
+def boot_env_write(nth: int = 1, *, after: str | None = None) -> Trigger:
+    """Inside the nth write to the boot environment (since the updater entered state `after`)."""
+    return BootEnvWrite(nth, after)
 
 
 def after_switch(*, operations: int) -> Trigger:
@@ -118,16 +124,21 @@ def downloaded(*, percent: float) -> Trigger:
     return Downloaded(percent)
 
 
+def _check_model(_: object, __: object, model: object) -> None:
+    if not isinstance(model, CacheModel) and model not in MODELS:
+        raise FaultError(f"{model!r} is no cache model; known: {', '.join(MODELS)}")
+
+
 @frozen
 class PowerCut:
     """The power goes, and the disk keeps what `model` says of the writes not yet flushed.
 
     Attributes:
-        model: the cache model: `kept`, `prefix`, `subset`, `reordered`, `torn` or `lying`.
+        model: the cache model, or the name of one (see `framework.disk.MODELS`).
         trigger: when.
     """
 
-    model: CacheModelName = field(default="kept", validator=validators.in_(MODELS))
+    model: CacheModelName | CacheModel = field(default="kept", validator=_check_model)
     trigger: Trigger | None = None
 
     def when(self, trigger: Trigger) -> PowerCut:

@@ -15,7 +15,8 @@ from typing import Literal
 from attrs import define, field
 
 from framework.console import Line
-from framework.disk import Arriving, CacheModel, Inject, TornSector, model_from
+from framework.disk import SECTOR, Arriving, CacheModel, Inject, Kind, TornSector, model_from
+from framework.disk import Armed as ArmedOnDisk
 from framework.disk import Fault as DiskFault
 from framework.disk import Trigger as DiskTrigger
 from framework.disk.triggers import Counter
@@ -37,6 +38,9 @@ from framework.scenario.device import Device, Update
 from framework.scenario.manifest import Extent
 from framework.verdict.oracle import other
 
+TORN_SECTOR = 2
+"""The sector of an environment copy in whose write the power goes."""
+
 
 @define
 class ArmedFault:
@@ -44,11 +48,11 @@ class ArmedFault:
 
     Attributes:
         fault: what it is; its `str()` is the sentence of the report.
-        fired: set when it struck.
+        fired: whether it struck.
     """
 
     fault: Fault
-    fired: threading.Event
+    fired: Callable[[], bool]
     disarm: Callable[[], None] = field(repr=False)
 
 
@@ -66,8 +70,8 @@ class Faults:
     armed: list[ArmedFault] = field(factory=list)
     on_armed: Callable[[], None] = lambda: None
 
-    def power_cut(self, model: CacheModelName = "kept") -> Pending:
-        """The power goes; the disk keeps what the cache model `model` says."""
+    def power_cut(self, model: CacheModelName | CacheModel = "kept") -> Pending:
+        """The power goes; the disk keeps what the cache model `model` (or its name) says."""
         return Pending(self, PowerCut(model))
 
     def network(
@@ -91,7 +95,7 @@ class Faults:
 
     def unfired(self) -> list[Fault]:
         """Faults that were armed and never struck."""
-        return [armed.fault for armed in self.armed if not armed.fired.is_set()]
+        return [armed.fault for armed in self.armed if not armed.fired()]
 
     def sentence(self) -> str:
         """All faults as one sentence."""
@@ -130,7 +134,7 @@ def _arm_network(faults: Faults, fault: NetworkDrop) -> ArmedFault:
     fired = faults.proxy.arm(
         NetworkFault(fault.kind, at_byte, times=fault.times, lasts_s=fault.lasts_s)
     )
-    return ArmedFault(fault, fired, lambda: None)
+    return ArmedFault(fault, fired.is_set, lambda: None)
 
 
 def _arm_bit_flip(faults: Faults, fault: BitFlip) -> ArmedFault:
@@ -141,45 +145,92 @@ def _arm_bit_flip(faults: Faults, fault: BitFlip) -> ArmedFault:
         DiskTrigger.block_range(extent.device, extent.offset + place, 1),
         Inject(DiskFault.bit_flip(extent.device, extent.offset + place, bit=faults.seed % 8)),
     )
-    return ArmedFault(fault, armed.fired, armed.disarm)
+    return ArmedFault(fault, armed.fired.is_set, armed.disarm)
 
 
 def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
     trigger = fault.trigger
     device = faults.device
-    model: CacheModel = model_from(fault.model)
+    model = fault.model if isinstance(fault.model, CacheModel) else model_from(fault.model)
     if isinstance(trigger, SlotWrite):
         extent = _passive_slot(device)
         count = max(1, math.ceil(faults.update.image.size_bytes * trigger.percent / 100))
         where = DiskTrigger.bytes_written(count, extent.device, extent.offset, extent.length)
-    elif isinstance(trigger, BootEnvWrite):
-        copies = device.manifest.environment
-        where = DiskTrigger.block_range(
-            copies[0].device,
-            min(copy.offset for copy in copies),
-            max(copy.offset + copy.length for copy in copies) - min(copy.offset for copy in copies),
-            skip=trigger.nth - 1,
-        )
-        if isinstance(model, TornSector):
-            # The write in flight is the newest: the power goes inside it.
-            model = TornSector(newest=True)
     elif isinstance(trigger, AfterSwitch):
         where = _later(_environment_write(device, 1), trigger.operations)
+    elif isinstance(trigger, BootEnvWrite):
+        return _inside_environment_write(faults, fault, trigger, model)
     else:
         assert isinstance(trigger, AtState | ConsoleSays)
-        return _on_console(faults, fault, trigger, model)
-    # A boot environment is small: the power goes inside its write, not before it.
-    inside = isinstance(trigger, BootEnvWrite)
-    armed = device.machine.arm_cut(where, model, faults.seed, inside=inside)
-    return ArmedFault(fault, armed.fired, armed.disarm)
+        said = str(fault)
+        return _on_console(
+            faults, fault, trigger, lambda: device.machine.trip(said, model, faults.seed)
+        )
+    armed = device.machine.arm_cut(where, model, faults.seed)
+    return ArmedFault(fault, armed.fired.is_set, armed.disarm)
+
+
+def _inside_environment_write(
+    faults: Faults, fault: PowerCut, trigger: BootEnvWrite, model: CacheModel
+) -> ArmedFault:
+    """The write in flight is the newest, and the one that is torn."""
+    if model == TornSector():
+        model = TornSector(newest=True)
+    machine = faults.device.machine
+    where = _environment_write(faults.device, trigger.nth)
+    if trigger.after is None:
+        armed = machine.arm_cut(where, model, faults.seed, inside=True)
+        return ArmedFault(fault, armed.fired.is_set, armed.disarm)
+    on_disk: list[ArmedOnDisk] = []
+    waiting = _on_console(
+        faults,
+        fault,
+        AtState(trigger.after),
+        lambda: on_disk.append(machine.arm_cut(where, model, faults.seed, inside=True)),
+    )
+    return ArmedFault(fault, lambda: any(a.fired.is_set() for a in on_disk), waiting.disarm)
+
+
+@dataclasses.dataclass
+class _Touches(Counter):
+    """Fires on the nth operation that touches one of the ranges (device, offset, length)."""
+
+    ranges: tuple[tuple[str, int, int], ...]
+    nth: int
+
+    def feed(self, arriving: Arriving) -> bool:
+        """Take the next operation."""
+        if any(
+            arriving.device == device
+            and arriving.kind is not Kind.FLUSH
+            and arriving.offset < offset + length
+            and offset < arriving.offset + arriving.length
+            for device, offset, length in self.ranges
+        ):
+            self.nth -= 1
+            return self.nth == 0
+        return False
 
 
 def _environment_write(device: Device, nth: int) -> DiskTrigger:
-    """The nth write that touches the boot environment, whichever copy."""
-    copies = device.manifest.environment
-    start = min(copy.offset for copy in copies)
-    end = max(copy.offset + copy.length for copy in copies)
-    return DiskTrigger.block_range(copies[0].device, start, end - start, skip=nth - 1)
+    """The nth write of the boot environment, whichever copy.
+
+    In a raw copy the place is one sector near its start: an SD card gets a copy sector by sector,
+    and each save counts once. Copies in files can lie anywhere on their partition.
+    """
+    manifest = device.manifest
+    raw = not manifest.environment_paths
+    ranges = tuple(
+        (copy.device, copy.offset + TORN_SECTOR * SECTOR, SECTOR)
+        if raw
+        else (copy.device, copy.offset, copy.length)
+        for copy in manifest.environment
+    )
+    return DiskTrigger(
+        f"boot-environment write {nth}",
+        lambda: _Touches(ranges, nth),
+        frozenset(name for name, _, _ in ranges),
+    )
 
 
 @dataclasses.dataclass
@@ -209,18 +260,21 @@ def _later(trigger: DiskTrigger, operations: int) -> DiskTrigger:
 
 
 def _on_console(
-    faults: Faults, fault: PowerCut, trigger: AtState | ConsoleSays, model: CacheModel
+    faults: Faults,
+    fault: PowerCut,
+    trigger: AtState | ConsoleSays,
+    action: Callable[[], object],
 ) -> ArmedFault:
-    """Cut when the line comes. On the pump's thread, so it must not block: trip() doesn't."""
+    """Act when the line comes. On the pump's thread, so the action must not block."""
     device = faults.device
     fired = threading.Event()
 
     def heard(line: Line) -> None:
         if line.direction == "RX" and not fired.is_set() and _says(device, line.text, trigger):
             fired.set()
-            device.machine.trip(str(fault), model, faults.seed)
+            action()
 
-    return ArmedFault(fault, fired, device.machine.pump.add_listener(heard))
+    return ArmedFault(fault, fired.is_set, device.machine.pump.add_listener(heard))
 
 
 def _says(device: Device, text: str, trigger: AtState | ConsoleSays) -> bool:

@@ -1,34 +1,40 @@
-"""Planted bug: an updater that writes through the page cache and never syncs a slot.
+"""Planted bug: an updater that never syncs anything, neither the slot nor its own state.
 
-The read-back is served from the same cache and so finds nothing wrong. What it said to be
-installed exists in memory, then in the drive's volatile cache, and is gone after a power cut.
+Everything goes to the drive's volatile cache in the right order; what the drive writes first is the
+drive's choice. The boot environment is synced by its own tool, after it was written.
 """
 
 from __future__ import annotations
 
-import os
+import sqlite3
+from typing import Any
 
 from updater.cli import main
-from updater.device import blockdev
-from updater.device.blockdev import DirectDevice
+from updater.device import store
 from updater.device.slot_writer import SlotWriter
 
-
-def _open_buffered(path: str) -> tuple[int, bool]:
-    return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+_honest_connect = sqlite3.connect
 
 
 def _sync_nothing(self: SlotWriter) -> None:
     return
 
 
-def _keep_cache(self: DirectDevice, offset: int, length: int) -> None:
-    return
+class _LazyConnection(sqlite3.Connection):
+    """A connection on which no PRAGMA can ask for durability."""
+
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        if sql.lstrip().upper().startswith("PRAGMA SYNCHRONOUS"):
+            sql = "PRAGMA synchronous=OFF"
+        return super().execute(sql, *arguments)
 
 
-blockdev._open_direct = _open_buffered
-DirectDevice._drop_cache = _keep_cache  # type: ignore[method-assign]
+def _connect_lazily(*arguments: Any, **options: Any) -> sqlite3.Connection:
+    return _honest_connect(*arguments, factory=_LazyConnection, **options)
+
+
 SlotWriter.sync = _sync_nothing  # type: ignore[method-assign]
+store.sqlite3.connect = _connect_lazily  # type: ignore[assignment]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,6 +7,7 @@ fired would prove nothing. Run with a rig: `pytest tests/planted --lg-env rigs/q
 import allure
 import pytest
 
+from framework.disk import TornSector
 from framework.faults import after_switch, boot_env_write, slot_write
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
@@ -42,10 +43,26 @@ def test_switching_before_the_image_is_synced_is_caught(
     cut_a_little_after_the_switch(device, update, faults)
 
 
+def cut_inside_the_switch_of_a_reordering_cache(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    """The power goes inside the switch: what was not flushed is there in the wrong order."""
+    faults.power_cut(model="reordered").when(boot_env_write(1))
+    device.install(update)
+    device.restore()
+
+
+def test_the_honest_updater_survives_a_reordering_cache(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    cut_inside_the_switch_of_a_reordering_cache(device, update, faults)
+    device.retry(update)
+
+
 @pytest.mark.base("v1+never-fsync")
 @pytest.mark.planted(violates=2)
 def test_never_syncing_is_caught(device: Device, update: Update, faults: Faults) -> None:
-    cut_a_little_after_the_switch(device, update, faults)
+    cut_inside_the_switch_of_a_reordering_cache(device, update, faults)
 
 
 @pytest.mark.base("v1+skip-read-back")
@@ -79,6 +96,6 @@ def test_a_boot_environment_without_redundancy_is_caught(
 ) -> None:
     device.update(update)
     back = bench.update("unhealthy+single-env", proxy.port)
-    faults.power_cut(model="torn").when(boot_env_write(1))
+    faults.power_cut(TornSector(newest=True, kinds=("garbage",))).when(boot_env_write(1))
     device.install(back)
     device.restore()
