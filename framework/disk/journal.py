@@ -399,10 +399,14 @@ class JournalWriter:
         if not pending:
             return
         self._pending = []
+        begin = self._flushed
         try:
             for first in range(0, len(pending), _IOV_MAX):
                 self._write(pending[first : first + _IOV_MAX])
         except OSError as error:
+            if begin:  # else it is the file's header, and there is nothing to save
+                self._flushed = begin
+                self._salvage(pending)
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._flushed)
             self.failure = RecorderError(
@@ -411,6 +415,15 @@ class JournalWriter:
                 self.path,
             )
             raise self.failure from error
+
+    def _salvage(self, pending: list[bytes | memoryview]) -> None:
+        """Write the records that still fit: completions of what was answered already, mostly."""
+        at = 0
+        with contextlib.suppress(OSError):
+            while at < len(pending):
+                count = 2 if _RECORD.unpack_from(pending[at])[9] else 1
+                self._write(pending[at : at + count])
+                at += count
 
     def _write(self, buffers: list[bytes | memoryview]) -> None:
         total = sum(len(b) for b in buffers)
