@@ -10,7 +10,6 @@ import sqlite3
 from typing import Any
 
 from updater.cli import main
-from updater.device import store
 from updater.device.slot_writer import SlotWriter
 
 _honest_connect = sqlite3.connect
@@ -34,7 +33,7 @@ def _connect_lazily(*arguments: Any, **options: Any) -> sqlite3.Connection:
 
 
 SlotWriter.sync = _sync_nothing  # type: ignore[method-assign]
-store.sqlite3.connect = _connect_lazily  # type: ignore[assignment]
+sqlite3.connect = _connect_lazily  # type: ignore[assignment]
 
 if __name__ == "__main__":
     raise SystemExit(main())
