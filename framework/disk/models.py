@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import random
 from typing import Any, ClassVar, Final, Literal
 
@@ -102,25 +103,26 @@ class VolatileCache(CacheModel):
 
 @dataclasses.dataclass(frozen=True)
 class ReorderedCache(CacheModel):
-    """A cache that drained in the wrong order: only the newest survive (`reordered`).
+    """A cache that drained newest first (`reordered`).
 
     A corner of `subset`, the one that an ordering bug can't hide from: of the open operations the
-    newest `newest` reached the medium and none of the older ones. Two by default: a switch, and
-    what was written just before it. The seed is not used.
+    newest reached the medium, a share of `keep` rounded up, and none of the older ones. The seed
+    is not used.
     """
 
     name: ClassVar[str] = "reordered"
-    newest: int = 2
+    keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.newest < 0:
-            raise DiskError(f"ReorderedCache: newest={self.newest} is negative")
+        _probability("ReorderedCache", "keep", self.keep)
 
     def decide(self, cycle: PowerCycle, seed: int) -> Decision:
         """Keep the newest."""
         rows = cycle.open_rows().tolist()
-        lost = rows[: len(rows) - self.newest] if self.newest else rows
-        return Decision(dropped=_numbers(cycle, lost), open_operations=len(rows))
+        kept = math.ceil(len(rows) * self.keep)
+        return Decision(
+            dropped=_numbers(cycle, rows[: len(rows) - kept]), open_operations=len(rows)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,6 +256,8 @@ def _rewritten_durably(
 ) -> bool:
     """Whether a durable operation that took effect after `row` touches the range."""
     operations = cycle.operations
+    if operations.completed[row] < 0:
+        return False  # it was in flight: nothing took effect after it
     offset, length = unit
     touching = (
         cycle.changing()
