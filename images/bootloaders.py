@@ -222,9 +222,13 @@ class UBoot:
             "FW_ENV_LINES": "\n".join(lines),
             "MOUNT_BOOT": (
                 "# What fw_setenv starts from if both copies of the environment are lost.\n"
-                'part=2; [ "$slot" = b ] && part=3\n'
                 "printf 'bootcount=0\\nmender_boot_part=%s\\nmender_boot_part_hex=%s\\n"
-                "upgrade_available=0\\n' $part $part > /run/u-boot-initial-env"
+                "upgrade_available=0\\n' $part $part > /run/u-boot-initial-env\n"
+                'if [ "$environment" = 0 ]; then\n'
+                '    echo "BROWNOUT ENV-RESTORED"\n'
+                "    fw_setenv mender_boot_part $part\n"
+                "    fw_setenv mender_boot_part_hex $part\n"
+                "fi"
             ),
         }
 
@@ -342,26 +346,31 @@ class Grub:
         """
         core = (context.scratch / self._core_name(context)).read_bytes()
         os.pwrite(descriptor, core, self.CORE_SECTOR * SECTOR)
-        place = partitions["boot"]
         with temporary_directory(context.scratch) as scratch:
-            tree = scratch / "boot"
-            for copy in self.COPIES:
-                (tree / copy).mkdir(parents=True)
-                variables = encode_grubenv(INITIAL_VARIABLES)
-                (tree / copy / "env").write_bytes(variables)
-                (tree / copy / "lock").write_bytes(encode_grubenv({"editing": "0"}))
-            normalise(tree, context.recipe.timestamp)
-            make_ext4(
-                scratch / "boot.img",
-                name=f"{context.recipe.target}/boot",
-                label="boot",
-                timestamp=context.recipe.timestamp,
-                tree=tree,
-                size=place.size,
-                block=self.BLOCK_SIZE,
-                inode=self.BLOCK_SIZE,
-            )
-            copy_sparse(scratch / "boot.img", descriptor, place.offset)
+            image = self.boot_partition(context.recipe, scratch, settled=True)
+            copy_sparse(image, descriptor, partitions["boot"].offset)
+
+    def boot_partition(self, recipe: Recipe, scratch: Path, *, settled: bool) -> Path:
+        """Make the first partition's image below `scratch`; `settled`: its locks are closed."""
+        tree = scratch / "boot"
+        for copy in self.COPIES:
+            (tree / copy).mkdir(parents=True)
+            (tree / copy / "env").write_bytes(encode_grubenv(INITIAL_VARIABLES))
+            lock = {"editing": "0" if settled else "1"}
+            (tree / copy / "lock").write_bytes(encode_grubenv(lock))
+        normalise(tree, recipe.timestamp)
+        image = scratch / "boot.img"
+        make_ext4(
+            image,
+            name=f"{recipe.target}/boot",
+            label="boot",
+            timestamp=recipe.timestamp,
+            tree=tree,
+            size=recipe.boot_mib * MIB,
+            block=self.BLOCK_SIZE,
+            inode=self.BLOCK_SIZE,
+        )
+        return image
 
     def template_values(self, recipe: Recipe, single_env: bool) -> Mapping[str, str]:
         """The client's way to the variables."""
@@ -369,16 +378,40 @@ class Grub:
         paths = ", ".join(f'"/boot/grub/{copy}/env"' for copy in copies)
         return {
             "BOOTENV": f'kind = "grub"\ncopies = [{paths}]',
-            "MOUNT_BOOT": (
-                f"mount -t ext4 -o noatime,sync {recipe.device}1 /boot/grub "
-                '|| echo "BROWNOUT BOOT-FAILED"'
-            ),
+            "MOUNT_BOOT": _MOUNT_GRUB.replace("DEVICE", f"{recipe.device}1"),
         }
 
     def environment(self, recipe: Recipe) -> dict[str, Any]:
         """Two files of the boot partition."""
         paths = [f"/{copy}/env" for copy in self.COPIES]
         return {"kind": "grubenv", "partition": "boot", "paths": paths}
+
+
+# In /etc/init.d/rcS. Only the variables are on that partition, and which slot runs is known, so it
+# can be made anew; the locks come open and are closed last, so that a cut leaves it unsettled.
+_MOUNT_GRUB = """\
+mount_grub() { mount -t ext4 -o noatime,sync DEVICE /boot/grub; }
+if [ "$environment" = 0 ] || ! mount_grub; then
+    echo "BROWNOUT ENV-RESTORED"
+    umount /boot/grub 2> /dev/null
+    cat /usr/lib/brownout/boot.img > DEVICE
+    mount_grub
+    for copy in 1 2; do
+        grub-editenv "/boot/grub/mender_grubenv$copy/env" set \\
+            mender_boot_part=$part mender_boot_part_hex=$part
+    done
+    sync
+    for copy in 1 2; do grub-editenv "/boot/grub/mender_grubenv$copy/lock" set editing=0; done
+    sync
+fi"""
+
+
+def root_files(recipe: Recipe, scratch: Path) -> dict[str, bytes]:
+    """What the bootloader needs in the root file system: path and content."""
+    if recipe.bootloader != "grub":
+        return {}
+    image = Grub().boot_partition(recipe, scratch, settled=False)
+    return {"usr/lib/brownout/boot.img": image.read_bytes()}
 
 
 def _tar_with(name: str, content: bytes) -> bytes:

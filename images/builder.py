@@ -386,6 +386,7 @@ class _Build:
             values=values,
             keys=self.keys,
             updater=self.places.updater,
+            extra=bootloaders.root_files(recipe, path.parent / "bootloader"),
         )
         size = make_ext4(
             path,

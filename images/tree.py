@@ -224,11 +224,26 @@ def build_variant(
     values: Mapping[str, str],
     keys: Keys,
     updater: Path,
+    extra: Mapping[str, bytes],
 ) -> None:
-    """Make the tree of one variant at `root`, from a copy of the base tree."""
+    """Make the tree of one variant at `root`, from a copy of the base tree.
+
+    Args:
+        base: the base tree.
+        root: where; must not exist.
+        recipe: the target's.
+        variant: which one.
+        values: for the overlays' templates.
+        keys: whose public parts go in.
+        updater: the client's package.
+        extra: more files, by path.
+    """
     shutil.copytree(base, root, symlinks=True)
     for name in (*recipe.overlays, *variant.overlays):
         apply_overlay(OVERLAY_DIR / name, root, values)
+    for name, data in extra.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
     package = root / "usr/lib/python3/dist-packages/updater"
     for relative, file in client_files(updater):
         target = package / relative

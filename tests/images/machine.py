@@ -49,6 +49,27 @@ class Machine:
         self._command = command_line(images, disk, variant)
         self._log_path = log
 
+    def fail_writes(self, sectors: list[int]) -> None:
+        """Have the disk refuse writes to these sectors (QEMU's blkdebug); before power-on."""
+        place = self._command.index("-drive")
+        options = self._command[place + 1].split(",")
+        if not any("vda" in option for option in options):
+            place = self._command.index("-drive", place + 1)
+            options = self._command[place + 1].split(",")
+        image = next(o.removeprefix("file=") for o in options if o.startswith("file="))
+        rules = []
+        for number, sector in enumerate(sectors):
+            rule = f"file.inject-error.{number}"
+            rules += [f"{rule}.event=write_aio", f"{rule}.sector={sector}", f"{rule}.once=off"]
+            rules += [f"{rule}.errno=5", f"{rule}.iotype=write"]
+        self._command[place + 1] = ",".join(
+            [
+                "if=none,id=vda,driver=raw,file.driver=blkdebug,werror=report",
+                f"file.image.driver=file,file.image.filename={image}",
+                *rules,
+            ]
+        )
+
     def __enter__(self) -> Machine:
         self._log = self._log_path.open("a", encoding="utf-8")
         program, *arguments = self._command
