@@ -134,6 +134,11 @@ def source_key(recipe: Recipe) -> str:
     return uboot.build_key() if _on_card(recipe) else ""
 
 
+def modules(recipe: Recipe) -> tuple[str, ...]:
+    """The builder's modules that shape this target's files only."""
+    return ("uboot_sd.py",) if _on_card(recipe) else ()
+
+
 def _on_card(recipe: Recipe) -> bool:
     return "environment_device" in recipe.options
 

@@ -67,7 +67,6 @@ _SHAPING = (
     "gpt.py",
     "pyc.py",
     "tree.py",
-    "uboot_sd.py",
 )
 
 
@@ -235,7 +234,8 @@ class _Build:
         return self.debs[self.lock.get(name).name]
 
     def _builder_hash(self) -> str:
-        return hash_inputs((name, (HERE / name).read_bytes()) for name in _SHAPING)
+        own = bootloaders.modules(self.recipe)
+        return hash_inputs((name, (HERE / name).read_bytes()) for name in (*_SHAPING, *own))
 
     def _base_key(self) -> str:
         recipe = self.recipe
