@@ -2,8 +2,8 @@
 
 The card holds both copies of U-Boot's environment in raw sectors, inside a partition ``bootenv``
 that nothing mounts. It is a disk of its own beside the one with the slots, or, where the recipe's
-device is the card itself, the one disk. The copies start with the whole default environment: U-Boot
-replaces its built-in variables by the stored ones, scripts included.
+device is the card itself, the one disk. The copies hold the whole environment: U-Boot replaces
+its built-in variables by the stored ones, scripts included.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class SdUBoot:
         self._write_copies(context, descriptor)
 
     def _write_copies(self, context: Context, descriptor: int) -> None:
-        variables = uboot.default_environment()
+        variables = uboot.stored_environment()
         first, second = _copies(context.single_env)
         for offset, flags in ((second, 0), (first, 1)):
             os.pwrite(descriptor, encode_environment(variables, COPY_SIZE, flags), offset)
@@ -105,7 +105,7 @@ class SdUBoot:
     def template_values(self, recipe: Recipe, single_env: bool) -> Mapping[str, str]:
         """The client's and fw_setenv's way to the variables."""
         device = recipe.options["environment_device"]
-        defaults = uboot.default_environment()
+        defaults = uboot.stored_environment()
         return {
             "BOOTENV": 'kind = "uboot"\nfw_env_config = "/etc/fw_env.config"',
             "FW_ENV_LINES": "\n".join(
@@ -130,7 +130,13 @@ class SdUBoot:
                 "    cat /etc/u-boot-default-env\n"
                 '    echo "mender_boot_part=$part"\n'
                 '    echo "mender_boot_part_hex=$part"\n'
-                "} > /run/u-boot-initial-env"
+                "} > /run/u-boot-initial-env\n"
+                'if [ "$environment" = 0 ]; then\n'
+                '    echo "BROWNOUT ENV-RESTORED"\n'
+                "    # Twice, for both copies; fw_setenv writes nothing that is already so.\n"
+                "    fw_setenv bo_env 2\n"
+                "    fw_setenv bo_env 1\n"
+                "fi"
             ),
         }
 

@@ -69,7 +69,7 @@ class Card:
             file.write(data)
 
     def set(self, flags: tuple[int, int] = (1, 0), **state: str | int) -> None:
-        variables = uboot.default_environment() | {k: str(v) for k, v in state.items()}
+        variables = uboot.stored_environment() | {k: str(v) for k, v in state.items()}
         for offset, flag in zip(COPIES, flags, strict=True):
             self.write(self.sd, offset, encode_environment(variables, COPY_SIZE, flag))
 
@@ -202,7 +202,7 @@ def test_one_bad_copy_changes_nothing(card: Card, broken: int) -> None:
 def test_the_higher_counter_wins_also_over_its_end(card: Card) -> None:
     for flags, newer in (((5, 6), 1), ((6, 5), 0), ((255, 0), 1), ((0, 255), 0)):
         card.set(flags, mender_boot_part=2)
-        variables = uboot.default_environment() | {"mender_boot_part": "3"}
+        variables = uboot.stored_environment() | {"mender_boot_part": "3"}
         copy = encode_environment(variables, COPY_SIZE, flags[newer])
         card.write(card.sd, COPIES[newer], copy)
         assert "PAYLOAD B RUNS" in boot(card), flags

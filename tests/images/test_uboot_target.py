@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -203,17 +204,29 @@ def test_a_sick_update_ends_in_the_old_system(board: Board, variant: str, said: 
 
 
 @split
-def test_fw_setenv_repairs_a_card_without_a_valid_copy(board: Board) -> None:
-    card = board.disks["vda"] if board.all_on_sd else board.disks["mmc0"]
+def test_a_card_without_a_valid_copy_is_repaired_by_the_system_that_starts(board: Board) -> None:
+    card = board.disks["mmc0"]
+    copies = [(c["offset"], c["size"]) for c in board.images.manifest["layout"]["env"]["copies"]]
     with card.open("r+b") as file:
-        for offset in (1 << 20, (1 << 20) + 0x40000):
+        for offset, size in copies:
             file.seek(offset)
-            file.write(b"\xa5" * 0x4000)
-    board.write_slot_b("v2")
+            file.write(b"\xa5" * size)
     with board.on() as child:
         child.expect("bad CRC")
+        child.expect("BROWNOUT ENV-RESTORED")
         assert board.ready(child) == ("v1", "a")
+        child.sendline("sync; reboot -f")
+        child.expect(pexpect.EOF)
+    raw = card.read_bytes()
+    for offset, size in copies:
+        copy = raw[offset : offset + size]
+        assert zlib.crc32(copy[5:]) == int.from_bytes(copy[:4], "little")
+        assert b"\0mender_boot_part=2\0" in copy
+    board.write_slot_b("v2")
+    with board.on() as child:
+        child.expect("Loading Environment from MMC... OK")
+        board.ready(child)
         start_trial(child)
     text = board.boot_to_reset()
     assert "BROWNOUT: booting slot b upgrade_available=1 bootcount=1" in text
-    assert "bad CRC" not in text
+    assert "ENV-RESTORED" not in text

@@ -1,7 +1,7 @@
 """Our own U-Boot, from Debian's source package, for the targets ``qemu-arm64-sd*``.
 
 What goes in is pinned in ``locks/uboot-src.lock`` (source files and cross tools: name, version,
-SHA-256); the configuration fragment and the default environment are in ``uboot/``. Everything is
+SHA-256); the configuration fragment and the default environment are beside this file. All of it is
 fetched through a private apt tree, checked, unpacked with ``dpkg-deb -x`` and ``dpkg-source -x``
 and built as an ordinary user; nothing is installed. Same inputs give the same bytes: the time is
 the package's, the builder's name is fixed and no path gets into the binary (checked). Results are
@@ -12,7 +12,6 @@ The host gives what ``build-essential`` has (make, gcc for U-Boot's own tools, d
 
 from __future__ import annotations
 
-import argparse
 import email.utils
 import hashlib
 import json
@@ -20,8 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +28,7 @@ from images.bootenv import parse_script
 from images.errors import ImageError, PackageGoneError, ToolFailedError
 from images.host import run
 from images.locks import LOCK_DIR, LockedPackage
-from images.progress import Progress, Reporter
+from images.progress import Reporter
 from images.store import (
     exclusive,
     hash_inputs,
@@ -44,10 +41,10 @@ from images.store import (
 
 HERE = Path(__file__).resolve().parent
 LOCK_FILE = LOCK_DIR / "uboot-src.lock"
-CONFIG_FRAGMENT = HERE / "uboot" / "qemu-arm64-sd.config"
-DEFAULT_ENVIRONMENT = HERE / "uboot" / "qemu-arm64-sd.env"
-PATCHES = (HERE / "uboot" / "no-mkimage.patch",)
-DEFAULT_CACHE = HERE.parent / ".cache"
+CONFIG_FRAGMENT = HERE / "qemu-arm64-sd.config"
+DEFAULT_ENVIRONMENT = HERE / "qemu-arm64-sd.env"
+PATCHES = (HERE / "no-mkimage.patch",)
+DEFAULT_CACHE = HERE.parent.parent / ".cache"
 
 SUITE = "bookworm"
 SOURCE_PACKAGE = "u-boot"
@@ -123,8 +120,13 @@ class UbootBuild:
 
 
 def default_environment(source: Path = DEFAULT_ENVIRONMENT) -> dict[str, str]:
-    """The variables of the default environment: what a card's two copies start with."""
+    """The variables that are built into the binary."""
     return parse_script(source.read_text("utf-8"), {})
+
+
+def stored_environment(source: Path = DEFAULT_ENVIRONMENT) -> dict[str, str]:
+    """What a card's two copies start with: the built-in variables, marked as read from there."""
+    return default_environment(source) | {"bo_env": "1"}
 
 
 # --- lock file -------------------------------------------------------------------------------
@@ -524,50 +526,3 @@ def _result(kept: Path, key: str, *, cached: bool) -> UbootBuild:
     if not sound:
         raise UbootError(f"{kept} is damaged: delete it and build again")
     return UbootBuild(binary, key, wanted, size, manifest, cached)
-
-
-# --- command line ----------------------------------------------------------------------------
-
-
-def _report(progress: Progress) -> None:
-    if progress.finished:
-        print(f"{progress.seconds:6.1f} s  {progress.step}", file=sys.stderr)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m images.uboot build|lock``; 0 done, 1 failed (one line on stderr)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m images.uboot",
-        description="Build the boot loader of qemu-arm64-sd from Debian's source package.",
-        epilog="example: python -m images.uboot build --output u-boot.bin",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, text in (("build", "build, or find in the cache"), ("lock", "pin today's versions")):
-        sub = verbs.add_parser(verb, help=text)
-        sub.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
-        if verb == "build":
-            sub.add_argument("--output", type=Path, help="copy u-boot.bin there")
-            sub.add_argument("--force", action="store_true", help="build even if it is cached")
-    options = parser.parse_args(arguments)
-    cache = options.cache_dir.absolute()
-    try:
-        if options.verb == "lock":
-            print(f"{LOCK_FILE.name}: {len(write_lock(cache))} files")
-            return 0
-        begun = time.monotonic()
-        result = build(cache, force=options.force, reporter=Reporter(_report))
-        if options.output:
-            shutil.copyfile(result.binary, options.output)
-        how = "from the cache" if result.cached else f"built in {time.monotonic() - begun:.1f} s"
-        print(f"{result.binary} {result.size_bytes} bytes {result.sha256[:16]} {how}")
-    except (ImageError, OSError) as error:
-        print(f"uboot: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("uboot: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
