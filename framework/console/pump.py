@@ -3,7 +3,7 @@ r"""The console pump: drains a serial line for ever, off-thread, and lets tests 
 Why a thread: a guest whose console nobody reads stops (about 1 MB of unread output blocks a
 QEMU guest for good), and first boot output is lost when reading starts with the first `expect`.
 So one thread reads from the moment a link is attached, stamps every line with both clocks
-(monotonic for order, UTC for people), appends it to a log file that is flushed line by line
+(monotonic for order, UTC for people), appends it to a log file that is flushed at every arrival
 (it must survive the harness being killed), and wakes whoever waits.
 
 The buffer is one sequence of bytes with absolute positions that spans power cycles: a position
@@ -502,6 +502,7 @@ class ConsolePump:
         with self._changed:
             if self._line_start is not None:  # nothing will ever complete it
                 complete.append(self._finish_line())
+                self._flush_log()
             if self._transport is transport:
                 self._note(f"link ended: {reason}")
                 if not self._owned:
@@ -522,6 +523,7 @@ class ConsolePump:
             self._last_rx_ns = monotonic_ns
             self._look_for_deaths(start, monotonic_ns)
             complete = self._split_lines(data, start, monotonic_ns, utc_ns)
+            self._flush_log()
             listeners = tuple(self._listeners)
             self._changed.notify_all()
         self._tell(complete, listeners)
@@ -597,6 +599,7 @@ class ConsolePump:
             part = Line("RX", position, monotonic_ns, utc_ns, 0, text[self._line_shown :])
             self._log_line(part, "+" if self._line_shown else "|")
             self._line_shown = len(text)
+            self._flush_log()
 
     def _log_tx(self, data: bytes) -> None:
         text = clean_text(data).rstrip("\n") if data.strip(b"\r\n\t ") else repr(data)
@@ -617,19 +620,30 @@ class ConsolePump:
         )
         self._lines.append(line)
         self._log_line(line)
+        self._flush_log()
 
     def _log_line(self, line: Line, mark: str = "|") -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(format_line(line, mark))
-            self._file.flush()
-        except OSError as error:
-            # A full disk must stop neither the drain nor the test; say it once and go on.
-            _log.error("console %s: log %s: %s", self.name, self.log_path, error)
+        if self._file is not None:
+            try:
+                self._file.write(format_line(line, mark))
+            except OSError as error:
+                self._give_up_log(error)
+
+    def _flush_log(self) -> None:
+        """Hand the log to the kernel: then it survives the end of this process."""
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._give_up_log(error)
+
+    def _give_up_log(self, error: OSError) -> None:
+        """A full disk must stop neither the drain nor the test; say it once and go on."""
+        _log.error("console %s: log %s: %s", self.name, self.log_path, error)
+        file, self._file = self._file, None
+        if file is not None:
             with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
+                file.close()
 
     # -- under the lock ----------------------------------------------------------------------
 
