@@ -89,7 +89,9 @@ def _build(target: str, console: Console) -> None:
             build_target(
                 target,
                 DEMO_VARIANTS,
-                progress=lambda step: progress.update(task, description=f"images: {step.step} {step.detail}"),
+                progress=lambda step: progress.update(
+                    task, description=f"images: {step.step} {step.detail}"
+                ),
                 relock_if_gone=True,
             )
         except ImageError as error:
