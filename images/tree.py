@@ -38,6 +38,7 @@ _DIRECTORIES = (
     "sbin",
     "sys",
 )
+_PROGRAMS = ("bin/busybox", "bin/dash", "usr/bin/python3.11")
 _SUFFIX = ".in"
 _CLIENT_PARTS = ("__init__.py", "cli.py", "artifact", "device")
 
@@ -76,6 +77,9 @@ def build_base(
             if (root / name).exists():
                 remove(root / name)
             (root / name).mkdir()
+        absent = [name for name in _PROGRAMS if not (root / name).is_file()]
+        if absent:
+            raise ImageError(f"recipe {recipe.target}: no package brings {', '.join(absent)}")
         _link_busybox(root, recipe)
         link(root / "usr/bin/python3", "python3.11")
         install_kernel(recipe, scratch / "kernel", root)
