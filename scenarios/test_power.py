@@ -5,7 +5,7 @@ import pytest
 
 from framework.disk import TornSector
 from framework.disk.models import Tear
-from framework.faults import after_switch, boot_env_write, console, slot_write, state
+from framework.faults import after_switch, boot_env_write, console, slot_write
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
 from framework.scenario.bench import Bench
@@ -166,8 +166,3 @@ def test_cut_twice_in_a_row(device: Device, update: Update, faults: Faults) -> N
     device.install(update)
     device.restore()
     device.retry(update)
-
-
-def test_state_triggers_are_states_of_the_updater() -> None:
-    """The state trigger names a state, so that a misspelt one is seen."""
-    assert str(state("ArtifactInstall")) == "when the updater enters ArtifactInstall"

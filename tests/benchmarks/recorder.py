@@ -1,6 +1,6 @@
 """What recording costs: the block recorder against a raw file, in the same run.
 
-    python -m benchmarks.recorder [--rounds N] [--target NAME] [--directory DIR] [--json]
+    python tests/benchmarks/recorder.py [--rounds N] [--target NAME] [--directory DIR] [--json]
 
 Two workloads: 64 MiB in 1 MiB writes with one fsync at the end, and 4 KiB writes with a fsync after
 each. Backends alternate in every round. Printed are medians, and the median over the rounds of each
@@ -239,7 +239,7 @@ def _print(title: str, result: dict[str, dict[str, Figures]], rounds: int) -> No
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recorder", description=(__doc__ or "").split("\n")[0]
+        prog="python tests/benchmarks/recorder.py", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=11, help="rounds, backends alternating (11)")
     parser.add_argument("--directory", type=Path, help="where to write (default: temporary)")
