@@ -330,8 +330,8 @@ class JournalWriter:
         """Fill a bit more of the space ahead of the records with zeros; whether more is to be done.
 
         Writing into pages that the page cache holds already takes a fifth of the time of writing
-        into new ones, so a burst of the guest costs little (tests/benchmarks/recorder.py shows it). At
-        most one piece of 1 MiB a call. Failing is no error: the space is only for speed.
+        into new ones, so a burst of the guest costs little (tests/benchmarks/recorder.py shows
+        it). At most one piece of 1 MiB a call. Failing is no error: the space is only for speed.
         """
         start = max(self._prepared, self._end)
         if self.failure is not None or self._fd < 0 or start >= self._end + ahead_bytes:

@@ -149,7 +149,7 @@ class Device:
     def boot(self) -> BootSeen:
         """Power on and wait until the device is ready; leaves a synced file to look for later."""
         with self._step("power on", "boot"):
-            boot = self._seen(self.strategy.boot())
+            boot = self._seen(self.strategy.boot(adopt=False))
             if boot is None:
                 raise InfrastructureError("the power went during the first start")
             if boot.ready:
@@ -174,14 +174,17 @@ class Device:
             # The console goes with the machine: what counts is the next start.
             with contextlib.suppress(ConsoleLost):
                 self.strategy.run("sync; reboot -f", COMMAND_TIMEOUT_S)
-            return self._seen(self.strategy.await_boot(since))
+            return self._seen(self.strategy.await_boot(since, adopt=False))
 
-    def restore(self) -> BootSeen:
+    def boot_after_cut(self) -> BootSeen:
         """Give power back after a cut and wait until the device is ready."""
         with self._step("power restored", "boot"):
-            boot = self._seen(self.strategy.boot())
-        if boot is None:
-            return self.restore()
+            boot = self._seen(self.strategy.boot(adopt=False))
+        return self.boot_after_cut() if boot is None else boot
+
+    def restore(self) -> BootSeen:
+        """Give power back after a cut, wait until the device is ready, and look at everything."""
+        boot = self.boot_after_cut()
         if boot.ready:
             self.read_status()
         self.check_data()
@@ -219,6 +222,19 @@ class Device:
             if isinstance(event, DiskSeen):
                 return event
         return self.look("now")
+
+    def power_went(self) -> None:
+        """Witness a power cut: which operation, and what it left on the disk."""
+        cut = self.machine.last_cut
+        if cut is None:
+            raise InfrastructureError(
+                "the console is gone and nobody cut the power",
+                evidence=self.machine.pump.tail(400),
+            )
+        self._event(PowerCut(cut.operation, cut.model, cut.seed))
+        self.note("power", f"{cut}")
+        self.look("after the cut")
+        self.check_data()
 
     def look(self, moment: str) -> DiskSeen:
         """Read slots and boot environment from the disk."""
@@ -277,7 +293,7 @@ class Device:
         try:
             result = self.strategy.run(self.uut.install(update.url), timeout_s)
         except ConsoleLost:
-            self._power_went()
+            self.power_went()
             self.did.append(f"install of {update.name} cut short")
             return InstallEnded(update.name, None)
         except ConsoleTimeout:
@@ -301,7 +317,7 @@ class Device:
     def _seen(self, outcome: BootOutcome) -> BootSeen | None:
         """Take a start's outcome into the events; None if the power went meanwhile."""
         if outcome.fate is Fate.POWER_LOST:
-            self._power_went()
+            self.power_went()
             return None
         boot = BootSeen(
             ready=outcome.ready,
@@ -328,19 +344,6 @@ class Device:
         if boot is None or not boot.ready:
             return "not ready" if boot is None else boot.evidence
         return f"runs {boot.version} in slot {boot.slot} after {boot.elapsed_s:.1f} s"
-
-    def _power_went(self) -> None:
-        """Witness a power cut: which operation, and what it left on the disk."""
-        cut = self.machine.last_cut
-        if cut is None:
-            raise InfrastructureError(
-                "the console is gone and nobody cut the power",
-                evidence=self.machine.pump.tail(400),
-            )
-        self._event(PowerCut(cut.operation, cut.model, cut.seed))
-        self.note("power", f"{cut}")
-        self.look("after the cut")
-        self.check_data()
 
     def _show(self, line: Line) -> None:
         """Show the updater's state as it changes. On the pump's thread: nothing is judged here."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
-from framework.disk import LazyDisk, UnreadableSectorError
+import xxhash
+
+from framework.disk import SECTOR, LazyDisk, UnreadableSectorError
 from framework.disk.ext4check import check_ext4
 from framework.disk.grubenv import read_grub_environments
 from framework.disk.ubootenv import read_environment
@@ -27,6 +29,10 @@ EXT4_MAGIC_OFFSET = 1024 + 56  # s_magic; the kernel's Documentation/filesystems
 EXT4_MAGIC = b"\x53\xef"
 CHUNK_BYTES = 8 << 20
 
+SEEN_LIMIT = 64
+
+_seen: dict[tuple[object, ...], SlotState] = {}
+
 OpenDisk = Callable[[str], LazyDisk]
 
 
@@ -43,7 +49,27 @@ def look(
 
 
 def slot_state(disk: LazyDisk, extent: Extent, known: list[ImageFacts]) -> SlotState:
-    """Which of `known` (smallest first) stands in the slot bit for bit, if any."""
+    """Which of `known` (smallest first) stands in the slot bit for bit, if any.
+
+    A slot that no write has touched since the last look is not read again: where each of its
+    sectors lies in base image and journal says so.
+    """
+    first, count = extent.offset // SECTOR, extent.length // SECTOR
+    key = (
+        disk.base_path,
+        disk.journal_path,
+        extent.offset,
+        xxhash.xxh3_128_digest(disk.map[first : first + count].tobytes()),
+        tuple(image.sha256 for image in known),
+    )
+    if key not in _seen:
+        _seen[key] = _read_slot(disk, extent, known)
+        while len(_seen) > SEEN_LIMIT:
+            del _seen[next(iter(_seen))]
+    return _seen[key]
+
+
+def _read_slot(disk: LazyDisk, extent: Extent, known: list[ImageFacts]) -> SlotState:
     try:
         if disk.read(extent.offset + EXT4_MAGIC_OFFSET, len(EXT4_MAGIC)) != EXT4_MAGIC:
             return SlotState(SlotContent.UNLOADABLE)

@@ -214,6 +214,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         except PatternError as error:
             raise RigError(f"{where}: {error}") from error
         self.outcome: BootOutcome | None = None
+        self._unadopted: BootOutcome | None = None
         self._seen_boots: set[str] = set()
         self._held: tuple[str, int] | None = None  # state reached, console generation
 
@@ -297,16 +298,17 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             )
         return pump
 
-    def boot(self, budget_s: float | None = None) -> BootOutcome:
+    def boot(self, budget_s: float | None = None, *, adopt: bool = True) -> BootOutcome:
         """Power the device up from `off` (or after a cut) and see what it does.
 
-        A device that is on is switched off first. If it gets ready the strategy is in `ready`.
+        A device that is on is switched off first. If it gets ready the strategy is in `ready`, at
+        once or (without `adopt`) with the first command.
         """
         if self._power() is not False:
             self.transition("off")
         self.path: list[str] = []
         self._held = None
-        return self.await_boot(self._switch_on(), budget_s)
+        return self.await_boot(self._switch_on(), budget_s, adopt=adopt)
 
     def await_boot(
         self, since: int | None = None, budget_s: float | None = None, *, adopt: bool = True
@@ -316,7 +318,8 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         `since` is the console position before what made it start; default: now. Returns as
         soon as it is READY with a boot id never seen before, is lost to a planned power cut or
         loops; else when the budget (`boot_budget_s`) ends. Raises `InfrastructureError` if the
-        rig itself failed. With `adopt`, READY makes this the `ready` state, shell included.
+        rig itself failed. With `adopt`, READY makes this the `ready` state, shell included;
+        without, the first `run` does.
         """
         budget = self.boot_budget_s if budget_s is None else budget_s
         start = self.pump.position if since is None else since
@@ -344,8 +347,10 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             outcome = self._outcome(Fate.READY, match, start, began)
             break
         self.outcome = outcome
-        if adopt and outcome.ready:
-            self._adopt(outcome)
+        if outcome.ready:
+            self._unadopted = outcome
+            if adopt:
+                self._adopt(outcome)
         return outcome
 
     # -- commands ----------------------------------------------------------------------------
@@ -356,6 +361,8 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         Raises `ConsoleLost` at once when power goes, `ConsoleDeath` when the system dies,
         `ConsoleTimeout` when it takes longer; none of them leaves a shell that looks usable.
         """
+        if self.shell.state is not BindingState.active and self._unadopted is not None:
+            self._adopt(self._unadopted)
         if self.shell.state is not BindingState.active:
             raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
         try:
@@ -404,6 +411,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         self._activate(self.power)
         self._activate(self.console)
         self._drop_shell()
+        self._unadopted = None
         start = self.pump.position
         try:
             self.power.on()
@@ -416,6 +424,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
     def _adopt(self, outcome: BootOutcome) -> None:
         """The device is ready: a shell on it, and this is state `ready`."""
         self._drop_shell()
+        self._unadopted = None
         skip_to = getattr(self.console, "skip_to", None)
         if skip_to is not None:
             # The boot's output is of no interest to the shell, and a command must not wait for
