@@ -14,6 +14,7 @@ from conftest import Disk
 from machine import Machine
 
 from images import TargetImages, build_target
+from images.host import run
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
@@ -85,14 +86,12 @@ class Bench:
         if self.is_uboot:
             return [copy["offset"] for copy in self.images.manifest["layout"]["env"]["copies"]]
         boot = self.disk.partitions["boot"]
-        data = self.disk.read(boot["offset"], boot["size"])
-        offsets = [
-            boot["offset"] + offset
-            for offset in range(0, len(data), 1024)
-            if data.startswith(b"# GRUB Env", offset)
-            and b"upgrade_available=" in data[offset : offset + 1024]
-        ]
-        assert len(offsets) == 2
+        image = self.log.with_name("boot.img")
+        image.write_bytes(self.disk.read(boot["offset"], boot["size"]))
+        offsets = []
+        for path in self.images.manifest["layout"]["env"]["paths"]:
+            blocks = run(["debugfs", "-R", f"blocks {path}", image]).stdout.split()
+            offsets.append(boot["offset"] + int(blocks[0]) * 1024)
         return offsets
 
 
@@ -256,6 +255,12 @@ def test_offline_and_unhealthy_fail_the_checks_they_should(
                 "for c in /etc/updater/health.d/*; do $c 2>/dev/null || echo bad ${c##*/}; done"
             )
             assert said == f"bad {failing}"
+
+
+def test_a_system_that_is_just_ready_is_healthy(bench: Bench) -> None:
+    with bench.on() as machine:
+        machine.boot()
+        machine.run("/etc/updater/health.d/10-network")
 
 
 def test_a_single_environment_is_the_flaw_it_says(
