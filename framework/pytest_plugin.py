@@ -44,7 +44,7 @@ MARKERS = (
     "update(variant): image in the update",
     "images(*variants): further images that the scenario uses",
     "planted(violates): broken on purpose; must turn red with this invariant",
-    "demo: part of `make demo`",
+    "demo(order): part of `make demo`",
     "smoke: the few scenarios that say most",
 )
 SLOW_STEP_S = 1.0
@@ -88,6 +88,18 @@ def _tell_build(progress: Progress) -> None:
     """Say which part of an image was built: the first build takes a while."""
     if progress.finished and progress.seconds >= SLOW_STEP_S:
         print(f"images: {progress.step} ({progress.seconds:.0f} s)", flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a demonstration the order is the markers': workers get neighbours, so it balances them."""
+    if config.getoption("markexpr", default="") == "demo":
+        items.sort(key=_demo_order)
+
+
+def _demo_order(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("demo")
+    return 0 if marker is None else int(marker.kwargs.get("order", 0))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from attrs import evolve, field, frozen, validators
 
-from framework.disk import MODELS, CacheModel
+from framework.disk import MODELS, CacheModel, TornSector
 
 CacheModelName = Literal["kept", "prefix", "subset", "reordered", "torn", "lying"]
 
@@ -149,7 +149,10 @@ class PowerCut:
 
     def __str__(self) -> str:
         """The fault as a sentence."""
-        return f"power cut {self.trigger} (cache: {self.model})"
+        model = str(self.model)
+        if isinstance(self.model, TornSector):
+            model = f"torn, {' or '.join(self.model.kinds)}"
+        return f"power cut {self.trigger} (cache: {model})"
 
 
 @frozen

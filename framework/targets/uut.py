@@ -17,7 +17,7 @@ from attrs import frozen
 from updater.artifact import ArtifactError, write_artifact
 from updater.artifact.signature import load_private_key
 
-ZSTD_LEVEL = 3
+ZSTD_LEVEL = 9
 RUNNING = re.compile(r"^running: (?P<name>\S+) \(slot [ab]\)", re.MULTILINE)
 LAST_UPDATE = re.compile(
     r"^last update: \S+ (?P<result>\S+) at [^\s:]+:\d+:\d+Z(?:: (?P<cause>.*))?$", re.MULTILINE
