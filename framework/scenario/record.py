@@ -62,7 +62,6 @@ def record(
         ),
         console=device.console_text()[-CONSOLE_CHARACTERS:],
         facts={
-            "journal": str(device.machine.recorder.journal_path),
             **{f"image {name}": facts.sha256 for name, facts in device.images.items()},
             **({"last cut": str(cut)} if cut is not None else {}),
             "repeat": f"pytest '{scenario}' --lg-env rigs/{device.manifest.target}.yaml",
