@@ -16,9 +16,9 @@ Markers:
 from __future__ import annotations
 
 import contextlib
-import shutil
 import zlib
 from collections.abc import Generator, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not folder.is_dir():
         return
     (folder / "environment.properties").write_text(
-        f"rig={Path(rig).stem}\nqemu={shutil.which('qemu-img') or 'none'}\n"
+        f"rig={Path(rig).stem}\nbrownout={metadata.version('brownout')}\n"
         f"seed={session.config.getoption('brownout_seed')}\n"
     )
     (folder / "categories.json").write_text(CATEGORIES)
