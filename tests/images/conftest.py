@@ -14,6 +14,7 @@ import pytest
 
 from images import Places, TargetImages, build_target
 from images.builder import REPOSITORY
+from images.keys import ensure_keys
 
 IDLE_CLIENT = '''
 """A client that has nothing to do."""
@@ -38,6 +39,7 @@ def idle_client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def places(tmp_path_factory: pytest.TempPathFactory, idle_client: Path) -> Places:
     """An output of this session's own; packages and base trees come from the checkout's cache."""
     output = tmp_path_factory.mktemp("build")
+    ensure_keys(output / "keys")
     return Places(build=output, cache=REPOSITORY / ".cache", updater=idle_client)
 
 
