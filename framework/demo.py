@@ -6,6 +6,7 @@ follows their progress file, and prints the table of faults and verdicts. Nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
 PYTEST_PASSED = 0
 PYTEST_FAILED = 1
+PYTEST_NO_TESTS = 5
 
 
 class DemoError(Exception):
@@ -105,69 +107,67 @@ def _log(output: Path) -> Path:
 def _run_scenarios(
     rig: Path, output: Path, store: ResultStore, workers: int, console: Console
 ) -> int:
-    """Run pytest in a process group of its own and show its progress; returns its exit code."""
+    """Run pytest in `workers` processes and show their progress; returns the worst exit code."""
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "pytest",
-            "scenarios",
-            "-m",
-            "demo",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ),
-        *("--lg-env", str(rig), "--dist", "load", "-n", str(workers)),
+        # Whatever ends this process ends the run: nothing is left behind.
+        *("setpriv", "--pdeathsig", "TERM", "--"),
+        *(sys.executable, "-m", "pytest", "scenarios", "-m", "demo", "-q"),
+        *("-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("--lg-env", str(rig)),
         *("--brownout-results", str(store.directory)),
-        *("--alluredir", str(output / "allure-results"), "--clean-alluredir"),
+        *("--alluredir", str(output / "allure-results")),
     ]
+    processes: list[subprocess.Popen[bytes]] = []
     with _log(output).open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
         try:
-            _follow(process, store, console)
+            for index in range(workers):
+                processes.append(
+                    subprocess.Popen(
+                        [*command, "--brownout-share", f"{index + 1}/{workers}"],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        process_group=0,
+                    )
+                )
+            _follow(processes, store, console)
         finally:
-            _stop(process)
-    return process.returncode
+            _stop(processes)
+    # A process whose share is empty has run no test, which is no failure.
+    codes = {process.returncode for process in processes} - {PYTEST_NO_TESTS}
+    return max(codes, default=PYTEST_NO_TESTS)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the run's process group so that its fixtures clean up; kill what stays."""
-    if process.poll() is not None:
-        return
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Interrupt the process groups that still run so that fixtures clean up; kill what stays."""
+    running = [process for process in processes if process.poll() is None]
     for number in (signal.SIGINT, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.1, deadline - time.monotonic()))
+        running = [process for process in running if process.poll() is None]
 
 
-def _follow(process: subprocess.Popen[bytes], store: ResultStore, console: Console) -> None:
+def _follow(processes: list[subprocess.Popen[bytes]], store: ResultStore, console: Console) -> None:
     rows: dict[str, _Row] = {}
     lines = _tail(store.progress_path)
     bar = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     )
-    task = bar.add_task("starting", total=None)
+    task = bar.add_task("scenarios", total=0)
     with Live(console=console, refresh_per_second=5, transient=True) as live:
-        while process.poll() is None:
+        while any(process.poll() is None for process in processes):
             for line in lines:
                 if line is None:
                     break
                 _apply(rows, json.loads(line), bar, task)
             live.update(Group(_live_table(rows), bar))
-            try:
-                process.wait(POLL_S)
-            except subprocess.TimeoutExpired:
-                continue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                next(p for p in processes if p.returncode is None).wait(POLL_S)
 
 
 def _tail(path: Path) -> Iterator[str | None]:
@@ -189,7 +189,7 @@ def _apply(rows: dict[str, _Row], event: dict[str, str], bar: Progress, task: Ta
     """Take one line of progress into the display."""
     scenario, kind, text = event["scenario"], event["kind"], event["text"]
     if kind == "count":
-        bar.update(task, total=int(text), description="scenarios")
+        bar.update(task, total=(bar.tasks[0].total or 0) + int(text))
         return
     row = rows.setdefault(scenario, _Row(text, "starting", time.monotonic()))
     if kind == "fault":

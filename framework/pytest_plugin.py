@@ -15,7 +15,9 @@ Markers:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import re
 import zlib
 from collections.abc import Generator, Iterator
 from importlib import metadata
@@ -44,7 +46,7 @@ MARKERS = (
     "update(variant): image in the update",
     "images(*variants): further images that the scenario uses",
     "planted(violates): broken on purpose; must turn red with this invariant",
-    "demo(order): part of `make demo`",
+    "demo(cost): part of `make demo`; the relative cost, to balance its processes",
     "smoke: the few scenarios that say most",
 )
 SLOW_STEP_S = 1.0
@@ -59,6 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="leave one result file a scenario in DIR (for `brownout report html`)",
+    )
+    group.addoption(
+        "--brownout-share",
+        type=_share,
+        default=None,
+        metavar="I/N",
+        help="run only the Ith of N shares of the scenarios (one process each, without xdist)",
     )
     group.addoption(
         "--brownout-seed",
@@ -92,18 +101,37 @@ def _tell_build(progress: Progress) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a demonstration the order is the markers': workers get neighbours, so it balances them."""
-    if config.getoption("markexpr", default="") == "demo":
-        items.sort(key=_demo_order)
+    """Keep this process's share of the scenarios, longest first (see `--brownout-share`)."""
+    share = config.getoption("brownout_share")
+    if share is None:
+        return
+    index, count = share
+    items.sort(key=_cost, reverse=True)
+    # There and back again (0 1 1 0 0 1 ...), so that the long ones are spread evenly.
+    mine = [
+        item
+        for place, item in enumerate(items)
+        if (place % count if place // count % 2 == 0 else count - 1 - place % count) == index
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = mine
 
 
-def _demo_order(item: pytest.Item) -> int:
+def _cost(item: pytest.Item) -> int:
     marker = item.get_closest_marker("demo")
-    return 0 if marker is None else int(marker.kwargs.get("order", 0))
+    return 0 if marker is None else int(marker.kwargs.get("cost", 1))
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`1/2` is the first of two shares: (0, 2)."""
+    match = re.fullmatch(r"([1-9]\d?)/([1-9]\d?)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1/2")
+    return int(match[1]) - 1, int(match[2])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tell a live display how many scenarios there are (one worker tells it for all)."""
+    """Tell a live display how many scenarios this process has."""
     store = _store(session.config)
     if store is None or _worker(session.config) not in ("", "gw0"):
         return

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 @allure.story("Cut while the image is written")
-@pytest.mark.demo(order=3)
+@pytest.mark.demo(cost=3)
 @pytest.mark.smoke
 def test_cut_in_the_middle_of_the_image(device: Device, update: Update, faults: Faults) -> None:
     """Power cut in the middle of the image."""
@@ -41,7 +41,7 @@ def test_cut_at_the_edges_of_the_image(
 
 
 @allure.story("Cut inside the boot environment")
-@pytest.mark.demo(order=2)
+@pytest.mark.demo(cost=3)
 @pytest.mark.smoke
 def test_cut_inside_the_switch(device: Device, update: Update, faults: Faults) -> None:
     """Power cut inside the write of the boot environment that switches slots."""
@@ -99,7 +99,7 @@ def test_cut_while_the_bootloader_counts(device: Device, update: Update, faults:
 
 
 @allure.story("Cut before the commit")
-@pytest.mark.demo(order=4)
+@pytest.mark.demo(cost=3)
 @pytest.mark.smoke
 def test_cut_after_the_switch_before_the_commit(
     device: Device, update: Update, faults: Faults
