@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def test_every_recipe_is_locked_completely(target: str) -> None:
     lock = read_lock(LOCK_DIR / f"{recipe.architecture}.lock", recipe.architecture)
     for name in (*recipe.packages, *recipe.bootloader_packages, recipe.kernel):
         assert len(lock.get(name).sha256) == 64
+
+
+def test_systemd_replaces_init_and_nothing_else_of_the_sd_target() -> None:
+    systemd, plain = load_recipe("qemu-arm64-sd-systemd"), load_recipe("qemu-arm64-sd")
+    changed = {f.name for f in fields(plain) if getattr(systemd, f.name) != getattr(plain, f.name)}
+    assert changed == {
+        *("target", "description"),
+        *("packages", "drop", "overlays", "initrd_modules"),
+    }
+    assert set(systemd.packages) > {*plain.packages, "systemd", "libsystemd-shared"}
+    assert systemd.overlays == (*plain.overlays, "systemd")
+    init = recipe_module.OVERLAY_DIR / "systemd/sbin/init"
+    assert init.readlink() == Path("../lib/systemd/systemd")
 
 
 def test_lock_files_hold_no_addresses() -> None:
