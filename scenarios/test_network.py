@@ -48,5 +48,5 @@ def test_network_silent_for_a_while(device: Device, update: Update, faults: Faul
 def test_a_corrupted_byte_is_noticed(device: Device, update: Update, faults: Faults) -> None:
     """A byte is corrupted under TLS: never installed as it came."""
     faults.network("corrupt").when(downloaded(percent=50))
-    device.install(update)
+    device.update(update)
     device.retry(update)
