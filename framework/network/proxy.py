@@ -214,10 +214,6 @@ class FaultProxy:
             self._armed.clear()
         self._loop.call_soon_threadsafe(self._heal)
 
-    def drop_all(self) -> None:
-        """Reset every open connection now (a device that lost its power says nothing)."""
-        self._loop.call_soon_threadsafe(self._abort_all)
-
     def _abort_all(self) -> None:
         for link in list(self._links):
             _abort(link)

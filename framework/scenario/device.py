@@ -196,9 +196,7 @@ class Device:
         self.before_retry()
         with self._step(f"trying {update.name} again", "updater"):
             if self.running is not None and self.running.version != update.name:
-                ended = self.install(update)
-                if ended.exit_code in INSTALLED_EXIT_CODES:
-                    self.reboot()
+                self.update(update)
             there = self.running is not None and self.running.version == update.name
             committed = there and not self.look("at the end").environment.upgrade_available
             self._event(RetryEnded(update.name, committed, self._running_text()))
