@@ -13,7 +13,7 @@ from updater.artifact.errors import (
     ArtifactSignatureError,
     ArtifactTruncatedError,
 )
-from updater.artifact.reader import ArtifactReader, Limits, Payload, check_compatible
+from updater.artifact.reader import ArtifactReader, Limits, PayloadFile, check_compatible
 from updater.artifact.writer import write_artifact
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "ArtifactSignatureError",
     "ArtifactTruncatedError",
     "Limits",
-    "Payload",
+    "PayloadFile",
     "check_compatible",
     "write_artifact",
 ]
