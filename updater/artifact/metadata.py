@@ -181,6 +181,17 @@ def parse_meta_data(content: bytes) -> dict[str, Any]:
     return _object(content, "meta-data") if content.strip() else {}
 
 
+def format_meta_data(value: Mapping[str, Any]) -> bytes:
+    """Return `meta-data` as compact JSON with sorted keys, as `mender-artifact` writes it."""
+    try:
+        text = json.dumps(
+            value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, sort_keys=True
+        )
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactFormatError(f"meta-data: not JSON ({error})") from error
+
+
 def check_payload_type(value: object) -> str:
     """Refuse a payload type that is no plain name: it becomes the name of a program."""
     if not isinstance(value, str) or _PAYLOAD_TYPE.fullmatch(value) is None:
