@@ -159,7 +159,7 @@ def mutate(data: bytes, max_size: int, seed: int, mutate_bytes: Mutate) -> bytes
     mend_sizes, mend_sums = draw.random() < 0.9, draw.random() < 0.95
     # The inner archives must be packed before the manifest can tell the truth about them.
     put_together(outer, mend_sizes=mend_sizes, mend_sums=mend_sums)
-    if draw.random() < 0.9:
+    if draw.random() < 0.8:
         mend_manifest(outer, sign=draw.random() < 0.95)
     whole = put_together(outer, mend_sizes=mend_sizes, mend_sums=mend_sums)
     return whole[:max_size]

@@ -324,4 +324,3 @@ def test_they_do_not_read_our_ed25519_signatures(tmp_path: Path) -> None:
     )
     assert summarize(ours, [load_public_key(public)])["verified"]
     assert "validated successfully" not in bench.theirs("validate", ours, "-k", public)
-    assert "validated successfully" in bench.theirs("validate", ours)
