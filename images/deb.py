@@ -43,6 +43,7 @@ def build_deb(
     updater: Path = HERE.parent / "updater",
     timestamp: int = TIMESTAMP,
     compression: str = "xz",
+    version: str | None = None,
 ) -> Path:
     """Build `updater_VERSION_all.deb` in `directory`, replacing one that is there.
 
@@ -51,11 +52,12 @@ def build_deb(
         updater: the client's package folder.
         timestamp: time of every file, in seconds.
         compression: dpkg-deb's: "xz", or "none" where it is unpacked again at once.
+        version: the package's; that of pyproject.toml by default.
 
     Raises:
         ImageError: there is no client, or dpkg-deb failed.
     """
-    version = package_version()
+    version = version or package_version()
     directory.mkdir(parents=True, exist_ok=True)
     output = directory / f"updater_{version}_all.deb"
     with tempfile.TemporaryDirectory(prefix=".deb-", dir=directory) as scratch:
@@ -76,7 +78,7 @@ def build_deb(
 
 
 def install_client(root: Path, updater: Path, timestamp: int) -> None:
-    """Unpack the client's package into an image's tree. Raises ImageError."""
+    """Unpack the client's package into an image's tree, which has no dpkg. Raises ImageError."""
     with tempfile.TemporaryDirectory(prefix="updater-deb-") as scratch:
         deb = build_deb(Path(scratch), updater=updater, timestamp=timestamp, compression="none")
         run(["dpkg-deb", "-x", deb, root])

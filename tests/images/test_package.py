@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,16 @@ class Service:
     def configure(self, text: str) -> None:
         (self.root / "updater.toml").write_text(text)
 
+    def wait_for_log(self) -> None:
+        """Until the daemon said what it was called with: it is started in the background."""
+        pause = threading.Event()
+        for _ in range(300):
+            log = self.root / "updater.log"
+            if log.exists() and "daemon: daemon" in log.read_text():
+                return
+            pause.wait(0.1)
+        raise AssertionError("the daemon was not started within 30 s")
+
     def __call__(self, verb: str) -> int:
         return run("sh", self.script, verb, check=False).returncode
 
@@ -173,6 +184,7 @@ def test_the_init_script_starts_and_stops_the_daemon(service: Service) -> None:
     assert service("status") == 3
     assert service("start") == 0
     pid = int((service.root / "updater.pid").read_text())
+    service.wait_for_log()
     assert service("status") == 0
     assert service("start") == 0
     assert int((service.root / "updater.pid").read_text()) == pid
@@ -180,11 +192,11 @@ def test_the_init_script_starts_and_stops_the_daemon(service: Service) -> None:
     assert service("restart") == 0
     again = int((service.root / "updater.pid").read_text())
     assert again != pid
+    service.wait_for_log()
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
     assert service("stop") == 0
     assert service("status") == 3
     assert service("stop") == 0
-    assert "daemon: daemon" in (service.root / "updater.log").read_text()
     assert service("dance") == 2
 
 

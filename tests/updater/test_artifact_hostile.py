@@ -85,11 +85,11 @@ def _directory(parts: Parts) -> None:
 
 
 def _bomb(parts: Parts) -> None:
-    """The data archive declares a small file and goes on for a gigabyte of zeros."""
+    """The data archive declares a small file and goes on with 64 MiB of zeros."""
     plain = tar_of([("rootfs.img", parts.content)])
     packer = __import__("zlib").compressobj(9, 8, 31)
     packed = packer.compress(plain)
-    for _ in range(1024):
+    for _ in range(64):
         packed += packer.compress(bytes(1 << 20))
     parts.data_packed = packed + packer.flush()
 
@@ -462,3 +462,28 @@ def test_arbitrary_compressed_bytes_never_crash_the_reader(
 
 
 _FUZZ_KEY = make_key("ecdsa")
+
+
+@pytest.mark.parametrize(
+    ("where", "field"),
+    [
+        (100, b"00006x0\0"),
+        (108, b"\0000000\0"),
+        (136, b"000\x820000000\0"),
+        (124, b"\0000000037\0\0"),
+        (124, b"\xb0" + bytes(10) + b"\x1f"),
+        (329, b"\xb0000000\0"),
+        (337, b"0000 00\0"),
+    ],
+    ids=["mode", "owner", "time", "size behind a NUL", "size behind 0xb0", "major", "minor"],
+)
+def test_numbers_that_readers_disagree_on_are_refused(
+    signing_key: PrivateKey, where: int, field: bytes
+) -> None:
+    """Found by fuzzing: tarfile stopped at such a header, so two readers saw two archives."""
+    whole = bytearray(Parts(signing_key).build())
+    whole[where : where + len(field)] = field
+    whole[148:156] = b"        "
+    whole[148:156] = b"%06o\0 " % sum(whole[:512])
+    with pytest.raises(ArtifactFormatError, match="is not octal"):
+        ArtifactReader(Stream(bytes(whole)))
