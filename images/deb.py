@@ -80,7 +80,11 @@ def build_deb(
 def install_client(root: Path, updater: Path, timestamp: int) -> None:
     """Unpack the client's package into an image's tree, which has no dpkg. Raises ImageError."""
     with tempfile.TemporaryDirectory(prefix="updater-deb-") as scratch:
-        deb = build_deb(Path(scratch), updater=updater, timestamp=timestamp, compression="none")
+        place = Path(scratch)
+        # No file tells its version there, so a copy of the builder without pyproject.toml will do.
+        deb = build_deb(
+            place, updater=updater, timestamp=timestamp, compression="none", version="0"
+        )
         run(["dpkg-deb", "-x", deb, root])
 
 

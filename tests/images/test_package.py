@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from images.deb import PACKAGE_DIR, build_deb
+from images import deb as deb_module
+from images.deb import PACKAGE_DIR, build_deb, install_client
 from images.errors import ImageError
 from images.tree import client_files
 
@@ -225,6 +226,28 @@ def test_a_boot_restarts_the_device_only_on_exit_code_4(
     done = run("sh", script, check=False)
     assert (tmp_path / "restarted").exists() == restarts
     assert done.returncode == (0 if restarts else code)
+
+
+def test_an_image_gets_what_the_package_holds(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is no pyproject.toml to take a version from."""
+
+    def no_version() -> str:
+        raise ImageError("no pyproject.toml")
+
+    monkeypatch.setattr(deb_module, "package_version", no_version)
+    install_client(tmp_path / "root", REPOSITORY / "updater", 1_700_000_000)
+    held = [
+        {
+            str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mode)
+            for path in root.rglob("*")
+            if path.is_file()
+        }
+        for root in (unpacked, tmp_path / "root")
+    ]
+    held[0].pop("broken.service", None)
+    assert held[0] == held[1]
 
 
 def test_a_tree_without_a_client_makes_no_package(tmp_path: Path) -> None:
