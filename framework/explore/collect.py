@@ -15,7 +15,7 @@ import numpy as np
 
 from framework.disk import Decision
 from framework.disk.state import Garbage, Partial, Unreadable
-from framework.explore.index import I64, U64, CycleIndex
+from framework.explore.index import I64, U64
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState, Span
 
@@ -66,12 +66,16 @@ class Opening:
         )
 
 
+Stretch = tuple[int, int, int, CrashState]
+"""Power cycle, first and last sequence, and a state that is possible all the while."""
+
+
 @dataclasses.dataclass(slots=True)
 class Known:
     """A class while it is being collected."""
 
     facts: Facts
-    spans: list[tuple[int, int, CrashState]]
+    spans: list[Stretch]
     samples: list[CrashState]
     exhaustive: bool
     models: set[str]
@@ -98,6 +102,7 @@ class Batch:
     facts: Callable[[int], Facts]
     locate: Locator
     model: str
+    cycle: int
     exhaustive: bool
 
 
@@ -150,9 +155,9 @@ class Collector:
         known.exhaustive |= batch.exhaustive
         first = int(batch.first_sequence[place])
         for span in known.spans[-4:]:
-            if span[0] <= first and last <= span[1]:
+            if span[0] == batch.cycle and span[1] <= first and last <= span[2]:
                 return
-        known.spans.append((first, last, batch.locate(place)))
+        known.spans.append((batch.cycle, first, last, batch.locate(place)))
 
     def _sample(self, batch: Batch, classes: int) -> None:
         size = len(batch.key)
@@ -180,33 +185,26 @@ class Collector:
         return len(total), dict(zip(keys.tolist(), counts.tolist(), strict=True))
 
 
-def merge_spans(
-    spans: list[tuple[int, int, CrashState]], operation_at: Callable[[int], int]
-) -> tuple[Span, ...]:
-    """Unite stretches that touch or overlap; `operation_at`: how many had arrived by a record."""
-    merged: list[list[tuple[int, int, CrashState]]] = []
-    end = -1
-    for span in sorted(spans, key=lambda s: (s[0], s[1])):
-        if merged and span[0] <= end:
-            merged[-1].append(span)
-            end = max(end, span[1])
+def merge_spans(stretches: list[Stretch], operation_at: Callable[[int], int]) -> tuple[Span, ...]:
+    """Unite stretches of a power cycle that touch.
+
+    `operation_at`: how many operations had arrived by a record.
+    """
+    groups: list[list[Stretch]] = []
+    cycle, end = -1, -1
+    for stretch in sorted(stretches, key=lambda s: s[:3]):
+        if groups and stretch[0] == cycle and stretch[1] <= end:
+            groups[-1].append(stretch)
+            end = max(end, stretch[2])
         else:
-            merged.append([span])
-            end = span[1]
+            groups.append([stretch])
+            cycle, end = stretch[0], stretch[2]
     found = []
-    for group in merged:
-        latest = max(group, key=lambda s: s[1])
-        first, last = group[0][0], latest[1]
-        found.append(
-            Span(
-                first,
-                last,
-                operation_at(first),
-                operation_at(last - 1),
-                group[0][2],
-                latest[2],
-            )
-        )
+    for group in groups:
+        earliest, latest = group[0], max(group, key=lambda s: s[2])
+        first, last = earliest[1], latest[2]
+        operations = (operation_at(first), operation_at(last - 1))
+        found.append(Span(first, last, *operations, earliest[3], latest[3]))
     return tuple(found)
 
 
@@ -217,8 +215,3 @@ def cycle_operation_at(cycle_arrivals: I64) -> Callable[[int], int]:
         return int(np.searchsorted(cycle_arrivals, sequence, side="right"))
 
     return operation_at
-
-
-def earliest_moment(cycle: CycleIndex, kept_rows: I64, begin: int) -> int:
-    """The record right after which all of `kept_rows` can have reached the medium."""
-    return max(begin, int(cycle.arrived[kept_rows].max(initial=begin)))

@@ -131,6 +131,7 @@ class OrderedStage:
             facts,
             locate,
             self.model,
+            self.cycle.number,
             True,
         )
 
@@ -289,6 +290,7 @@ def _destroyed(
         lambda where: destroyer.image_and_identity(int(at[where]), int(unit[where])),
         locate,
         ordered.model,
+        cycle.number,
         True,
     )
 
@@ -336,5 +338,6 @@ def _one_scattered(ordered: OrderedStage, chain: Chain, row: int, starts: I64, e
         lambda _: whole.image_and_identity(end),
         lambda _: ordered.opening.state(kept, partial=(partial,)),
         ordered.model,
+        cycle.number,
         False,
     )

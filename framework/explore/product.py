@@ -324,5 +324,6 @@ def _batch(
         lambda place: combiner.facts(identity[place], matches[place]),
         locate,
         opening.model,
+        stage.cycle.number,
         exhaustive,
     )

@@ -145,7 +145,7 @@ def _changes(cycle: CycleIndex, lies: int | None) -> list[_Change]:
 
 def _start_sequence(cycle: CycleIndex) -> int:
     journal = cycle.index.journal
-    return journal.cuts[cycle.number - 1].sequence + 1 if cycle.number else 0
+    return journal.cuts[cycle.number - 1].sequence if cycle.number else -1
 
 
 def _newly_durable(cycle: CycleIndex, durable: Bool, flushes: _Flushes, change: _Change) -> I64:
@@ -169,7 +169,8 @@ def _stage(
     sequences: tuple[int, int],
 ) -> Stage:
     rows = np.flatnonzero(~durable & ~cycle.rot & (cycle.op <= moments[1]))
-    return Stage(cycle, base, rows, *moments, *sequences, insertions=_insertions(cycle.op[rows]))
+    insertions = tuple(n for n in _insertions(cycle.op[rows]) if n >= moments[0])
+    return Stage(cycle, base, rows, *moments, *sequences, insertions=insertions)
 
 
 def _insertions(numbers: I64) -> tuple[int, ...]:

@@ -111,16 +111,19 @@ class RegionFact:
 class Span:
     """A stretch of time in which power can fail so that the class results.
 
-    For every sequence number s with `first_sequence` <= s < `last_sequence` (both of one power
-    cycle) some state of the class is possible when power fails right after record s. Marks with a
-    sequence below `first_sequence` had certainly been seen; those below `last_sequence` had been
-    seen in the latest case: a promise made by such a mark has to hold in this class.
+    For every sequence number s with `first_sequence` <= s < `last_sequence` (in one power cycle;
+    -1: before the first record) some state of the class is possible when power fails right after
+    record s. Marks with a sequence of at most `first_sequence` had certainly been made; those below
+    `last_sequence` had been made in the latest case: a promise made by such a mark has to hold in
+    this class.
 
     Attributes:
         first_sequence, last_sequence: the stretch.
         first_operation, last_operation: the same in operations: how many had arrived.
         earliest: a state of the class that is possible right after `first_sequence`.
-        latest: a state of the class that is possible right before `last_sequence`.
+        latest: a state of the class that is possible right before `last_sequence`. Of both,
+            `operation` is the earliest moment at which their content is possible: so a state is
+            written with as few lost operations as can be.
     """
 
     first_sequence: int

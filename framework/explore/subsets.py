@@ -102,7 +102,8 @@ def atoms_of(stage: Stage) -> list[Atom]:
     np.bitwise_xor.at(signature, group, scramble(place.astype(np.uint64)))
     first = sector[starts]
     region = cycle.index.region[first].astype(np.uint64)
-    signature ^= scramble((region << np.uint64(1)) | cycle.index.identity[first])
+    place_in_layout = (region << np.uint64(1)) | cycle.index.identity[first].astype(np.uint64)
+    signature ^= scramble(~place_in_layout)  # a domain of its own: never a writer's number
     _, representative, of_sector = np.unique(signature, return_index=True, return_inverse=True)
     by_atom = np.argsort(of_sector, kind="stable")
     bounds = np.searchsorted(of_sector[by_atom], np.arange(len(representative) + 1))
@@ -271,6 +272,7 @@ def subset_batch(
         lambda place: combiner.facts(outcomes.identity[place], outcomes.matches[place]),
         locate,
         opening.model,
+        stage.cycle.number,
         exhaustive,
     )
 

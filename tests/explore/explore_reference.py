@@ -12,8 +12,14 @@ import itertools
 from pathlib import Path
 
 from framework.disk import Emmc, LooseDiscard, LyingFlush, SdCard, TornSector
-from framework.disk.journal import BaseIdentity, DeviceHeader, Flag, JournalHeader, JournalWriter
-from framework.disk.journal import Kind as K
+from framework.disk.journal import (
+    BaseIdentity,
+    DeviceHeader,
+    Flag,
+    JournalHeader,
+    JournalWriter,
+    Kind,
+)
 from framework.disk.models import garbage_bytes
 from framework.explore import KnownImage, Layout, MenderVariables, Range, Region, Role, UbootStore
 
@@ -68,13 +74,13 @@ def write_journal(folder: Path, script: list[Op]) -> tuple[Path, list[Written]]:
     )
     written: list[Written] = []
     due: list[tuple[int, Written]] = []
-    kinds = {"write": K.WRITE, "flush": K.FLUSH, "discard": K.DISCARD, "zero": K.ZEROES}
+    kinds = {"write": Kind.WRITE, "flush": Kind.FLUSH, "discard": Kind.DISCARD, "zero": Kind.ZEROES}
 
     def complete(before: int) -> None:
         for entry in sorted(due, key=lambda d: d[0]):
             if entry[0] <= before:
                 due.remove(entry)
-                entry[1].completed, _ = writer.append(K.COMPLETE, operation=entry[1].number)
+                entry[1].completed, _ = writer.append(Kind.COMPLETE, operation=entry[1].number)
 
     for number, op in enumerate(script, 1):
         flush = op.kind == "flush"
@@ -92,7 +98,7 @@ def write_journal(folder: Path, script: list[Op]) -> tuple[Path, list[Written]]:
             due.append((number + op.delay, written[-1]))
         complete(number)
     complete(len(script) + 1000)
-    writer.append(K.CLOSE)
+    writer.append(Kind.CLOSE)
     writer.close()
     return folder / "disk.journal", written
 
@@ -146,7 +152,9 @@ def reference(written: list[Written], model, *, seed: int = 0) -> dict[Content, 
     for moment in range(len(written) + 1):
         arrived = written[:moment]
         changing = [w for w in arrived if w.op.kind != "flush"]
-        for kept, damage in _outcomes(model, arrived, changing, seed):
+        both = (False, True) if arrived and arrived[-1].op.fua else (False,)
+        outcomes = (o for inside in both for o in _outcomes(model, arrived, changing, seed, inside))
+        for kept, damage in outcomes:
             state = [
                 [base_content(d)[i * S : (i + 1) * S] for i in range(SECTORS)]
                 for d in range(len(DEVICES))
@@ -165,8 +173,8 @@ def _applied(w: Written) -> tuple[float, int]:
     return (float("inf") if w.completed is None else w.completed, w.arrived)
 
 
-def _open(arrived: list[Written], changing: list[Written], lies: int | None):
-    """The open operations in the order of application; the newest FUA write is one of them."""
+def _open(arrived: list[Written], changing: list[Written], lies: int | None, inside: bool):
+    """The open operations in the order of application; `inside` the newest write, if it is FUA."""
     barrier = {}
     for device in range(len(DEVICES)):
         flushes = [
@@ -176,7 +184,7 @@ def _open(arrived: list[Written], changing: list[Written], lies: int | None):
         ]
         if lies is not None and len(flushes) > lies:
             barrier[device] = sorted(flushes)[-1 - lies]
-    newest = arrived[-1].number if arrived else 0
+    newest = arrived[-1].number if inside else 0
 
     def durable(w: Written) -> bool:
         if w.completed is None:
@@ -187,11 +195,11 @@ def _open(arrived: list[Written], changing: list[Written], lies: int | None):
     return sorted((w for w in changing if not durable(w)), key=_applied)
 
 
-def _outcomes(model, arrived, changing, seed):
+def _outcomes(model, arrived, changing, seed, inside):
     """(surviving sectors by operation, damage) for every decision of the model's space."""
     whole = {w.number: range(w.op.count) for w in changing}
     lies = model.flushes if isinstance(model, LyingFlush) else 0
-    opened = _open(arrived, changing, lies)
+    opened = _open(arrived, changing, lies, inside)
     durable = {w.number: whole[w.number] for w in changing if w not in opened}
     if model.name == "kept":
         yield {n: s for n, s in whole.items() if arrived[n - 1].completed is not None}, ()
@@ -222,7 +230,7 @@ def _outcomes(model, arrived, changing, seed):
                 yield durable | {w.number: whole[w.number] for w in chosen}, ()
 
 
-def _torn(model, opened, durable, whole, changing, seed):
+def _torn(model, opened, durable, whole, changing, seed):  # noqa: PLR0917
     yield durable | {o.number: whole[o.number] for o in opened}, ()
     unit = 1 if isinstance(model, Emmc) else model.granularity // S
     lost = (model.erase_unit if isinstance(model, Emmc) else model.granularity) // S

@@ -18,7 +18,7 @@ from explore_reference import (
     reference,
     write_journal,
 )
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from framework.disk import (
@@ -62,11 +62,12 @@ def images_of(reader):
     return ends
 
 
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes here
 FILLS = (0x00, 0x80, 0x84, 0x11, 0x22)
 
 
 def operations(*, delays=(0,), fua=(False,), kinds=("write", "write", "write", "flush", "zero")):
-    def build(kind, device, first, count, fill, flagged, delay):
+    def build(kind, device, first, count, fill, flagged, delay):  # noqa: PLR0917
         flush = kind == "flush"
         return Op(
             kind,
@@ -146,7 +147,7 @@ def check(script, model, **options):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(script=st.one_of(scripts, wild))
 def test_every_class_and_every_state_is_found_and_no_other(model, script):
     found, mine, truth, classes, sampled, scattered = check(script, model)
@@ -158,7 +159,7 @@ def test_every_class_and_every_state_is_found_and_no_other(model, script):
 
 
 @pytest.mark.parametrize("model", [VolatileCache(), LyingFlush(), LyingFlush(flushes=1)], ids=str)
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(script=st.one_of(scripts, wild))
 def test_the_product_of_regions_equals_full_enumeration(model, script):
     found, _, truth, _, sampled, _ = check(script, model, exhaustive_up_to=0)
