@@ -36,6 +36,8 @@ class Opening:
     ops: I64
     durable_last: int
     model: str
+    absent: I64 | None = None
+    """Operations that are lost in every state."""
 
     @classmethod
     def of(cls, stage: Stage, durable_last: int, model: str) -> Opening:
@@ -44,23 +46,27 @@ class Opening:
 
     def state(
         self,
-        kept: I64,
+        newest: int,
+        lost: I64,
         *,
         partial: tuple[Partial, ...] = (),
         garbage: tuple[Garbage, ...] = (),
         unreadable: tuple[Unreadable, ...] = (),
         seed: int = 0,
     ) -> CrashState:
-        """The state in which the operations `kept` and the parts of `partial` survive."""
-        torn = [p.operation for p in partial]
-        operation = max([self.durable_last, int(kept.max(initial=0)), *torn])
+        """The state in which all open operations survive but `lost` and what is newer.
+
+        `newest`: the newest that survives, 0 if none does. Those in `partial` are not in `lost`.
+        """
+        operation = max([self.durable_last, newest, *(p.operation for p in partial)])
         if operation < self.cycle_first and self.cycle_first > 1:
             operation = self.cycle_first
-        lost = self.ops[(self.ops <= operation) & ~np.isin(self.ops, kept)]
-        dropped = tuple(sorted(set(lost.tolist()) - set(torn)))
+        if self.absent is not None:
+            lost = np.concatenate((lost, self.absent))
+        dropped = np.sort(lost[lost <= operation])
         return CrashState(
             operation,
-            Decision(dropped, len(self.ops), partial, garbage, unreadable),
+            Decision(tuple(dropped.tolist()), len(self.ops), partial, garbage, unreadable),
             self.model,
             seed,
         )

@@ -13,13 +13,16 @@ from framework.disk import (
     DiskError,
     Emmc,
     JournalReader,
+    LooseDiscard,
     LyingFlush,
     PrefixCache,
+    ReorderedCache,
+    SdCard,
     TornSector,
     VolatileCache,
     WriteThrough,
 )
-from framework.explore import ordered, subsets
+from framework.explore import discards, ordered, subsets, windows
 from framework.explore.collect import (
     Batch,
     Collector,
@@ -124,7 +127,7 @@ class _Search:
         if cycle.number and cycle.last < cycle.first:
             return  # nothing happened in it, and its power-on state is the cut's
         lies: int | None = 0
-        if isinstance(model, WriteThrough):
+        if isinstance(model, WriteThrough | LooseDiscard):
             lies = None
         elif isinstance(model, LyingFlush):
             lies = model.flushes
@@ -163,6 +166,12 @@ class _Search:
             if model not in self._tears:
                 self._tears[model] = ordered.Tears(self.index, model, self.seed)
             return ordered.tears(stage, durable_last, self._tears[model], rng)
+        if isinstance(model, ReorderedCache):
+            return windows.reordered(stage, durable_last, model)
+        if isinstance(model, SdCard):
+            return windows.card(stage, durable_last, model, self.limits, rng)
+        if isinstance(model, LooseDiscard):
+            return discards.discards(stage, durable_last, model, self.seed, rng)
         raise DiskError(f"cache model {model.name} can't be explored")
 
     def _row(self, stage: Stage, model: CacheModel, found: subsets.Found) -> None:
@@ -174,9 +183,13 @@ class _Search:
             states += here
             points += len(batch.key)
             sampled += 0 if batch.exhaustive else len(batch.key)
-        note = found.note
-        if found.how == "exhaustive" and sampled:
+        note, how = found.note, found.how
+        if sampled and isinstance(model, TornSector):
             note = f"{sampled} scattered tears are a sample"
+        elif sampled and how == "exhaustive":
+            how, note = "sampled", f"{sampled} of {points} states are a sample"
+        if isinstance(model, ReorderedCache) and len(stage.rows) > windows.MOMENTS:
+            how, note = "sampled", f"{windows.MOMENTS} moments"
         if len(stage.insertions) > ordered.MAX_INSERTIONS:
             note = f"overtaken orders of the first {ordered.MAX_INSERTIONS} moments only"
         if found.space is not None:
@@ -187,7 +200,7 @@ class _Search:
                 stage.cycle.number,
                 stage.first,
                 stage.last,
-                found.how,
+                how,
                 len(stage.rows),
                 points,
                 states if found.space is None else found.space,

@@ -15,6 +15,7 @@ An FUA write is open while it is the newest.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Final
 
@@ -57,6 +58,15 @@ def moments(stage: Stage) -> Iterator[tuple[I64, int]]:
         yield rows, shared
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Survivors:
+    """The newest complete operation, the lost ones, and the one that survives in part."""
+
+    newest: int
+    lost: I64
+    partial: tuple[Partial, ...]
+
+
 class OrderedStage:
     """One order of one stage: its chain forward, and with each operation's sectors in reverse."""
 
@@ -93,24 +103,26 @@ class OrderedStage:
         """The earliest moment of states, given how many events took effect."""
         return np.asarray(self.row_arrival[np.where(state > 0, self.rows_in(state), 0)])
 
-    def parts(self, state: int, *, reverse: bool) -> tuple[I64, tuple[Partial, ...], int]:
-        """Complete operations, the torn one, and how many rows have begun."""
-        begun = int(self.rows_in(np.array([state]))[0]) if state else 0
-        if not begun:
-            return np.zeros(0, np.int64), (), 0
+    def survivors(self, state: int, *, reverse: bool, begun: int | None = None) -> Survivors:
+        """What survives in a chain's state, of which `begun` rows have begun."""
         ops = self.cycle.op[self.rows]
-        end = int(self.ends[begun - 1])
-        if state == end:
-            return ops[:begun], (), begun
-        count = int(self.cycle.length[self.rows[begun - 1]]) // SECTOR
-        taken = state - (end - count)
-        sectors = (count - taken, taken) if reverse else (0, taken)
-        return ops[: begun - 1], (Partial(int(ops[begun - 1]), (sectors,)),), begun
+        if begun is None:
+            begun = int(self.rows_in(np.array([state]))[0])
+        whole = begun
+        partial: tuple[Partial, ...] = ()
+        if begun and state < int(self.ends[begun - 1]):
+            count = int(self.cycle.length[self.rows[begun - 1]]) // SECTOR
+            taken = state - (int(self.ends[begun - 1]) - count)
+            sectors = ((count - taken, taken) if reverse else (0, taken),) if taken else ()
+            whole, partial = begun - 1, (Partial(int(ops[begun - 1]), sectors),)
+        missing = np.setdiff1d(self.opening.ops, ops, assume_unique=True)
+        lost = np.concatenate((ops[begun:], missing))
+        return Survivors(int(ops[:whole].max(initial=0)), lost, partial)
 
     def locate(self, state: int, *, reverse: bool = False) -> CrashState:
         """The crash state of a chain's state."""
-        kept, partial, _ = self.parts(state, reverse=reverse)
-        return self.opening.state(kept, partial=partial)
+        found = self.survivors(state, reverse=reverse)
+        return self.opening.state(found.newest, found.lost, partial=found.partial)
 
     def batch(
         self, chain: Chain, states: I64, *, reverse: bool = False, last: I64 | None = None
@@ -274,13 +286,11 @@ def _destroyed(
     begun = place[at] + 1
 
     def locate(where: int) -> CrashState:
-        state = int(at[where])
-        kept, partial, rows = ordered.parts(state, reverse=reverse)
+        found = ordered.survivors(int(at[where]), reverse=reverse, begun=int(begun[where]))
         garbage, unreadable = made.damage(kind, blocks, int(unit[where]))
-        if rows < int(begun[where]):  # nothing of the torn one survived but the damage
-            op = int(cycle.op[ordered.rows[begun[where] - 1]])
-            partial = (*partial, Partial(op, ()))
-        return ordered.opening.state(kept, partial=partial, garbage=garbage, unreadable=unreadable)
+        return ordered.opening.state(
+            found.newest, found.lost, partial=found.partial, garbage=garbage, unreadable=unreadable
+        )
 
     yield Batch(
         key,
@@ -329,14 +339,15 @@ def _one_scattered(ordered: OrderedStage, chain: Chain, row: int, starts: I64, e
     end = len(events)
     op = int(cycle.op[ordered.rows[row]])
     partial = Partial(op, tuple((a - begin, b - a) for a, b in spans))
-    kept = cycle.op[ordered.rows[:row]]
+    whole_ops = ordered.survivors(begin, reverse=False, begun=row)
+    lost = whole_ops.lost[whole_ops.lost != op]
     return Batch(
         whole.key[end:],
         whole.total[end:],
         ordered.row_arrival[row + 1 : row + 2],
         ordered.stage.last_sequence,
         lambda _: whole.image_and_identity(end),
-        lambda _: ordered.opening.state(kept, partial=(partial,)),
+        lambda _: ordered.opening.state(whole_ops.newest, lost, partial=(partial,)),
         ordered.model,
         cycle.number,
         False,

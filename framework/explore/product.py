@@ -310,11 +310,10 @@ def _batch(
     ops = stage.cycle.op[stage.rows]
 
     def locate(place: int) -> CrashState:
-        kept = [
-            ops[group.rows[group.bits[choices[place, column]]]]
-            for column, group in enumerate(groups)
-        ]
-        return opening.state(np.sort(np.concatenate(kept)) if kept else ops[:0])
+        mine = np.zeros(len(ops), dtype=bool)
+        for column, group in enumerate(groups):
+            mine[group.rows] = group.bits[choices[place, column]]
+        return opening.state(int(ops[mine].max(initial=0)), ops[~mine])
 
     return Batch(
         combiner.keys(identity, matches),

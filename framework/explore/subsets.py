@@ -262,7 +262,7 @@ def subset_batch(
 
     def locate(place: int) -> CrashState:
         mine = np.unpackbits(packed[place], count=width).astype(bool)
-        return opening.state(ops[mine], seed=seed)
+        return opening.state(int(ops[mine].max(initial=0)), ops[~mine], seed=seed)
 
     return Batch(
         combiner.keys(outcomes.identity, outcomes.matches),

@@ -209,9 +209,9 @@ def _outcomes(model, arrived, changing, seed, inside):
             for sectors in range(w.op.count + 1) if w else (0,):
                 yield before | ({w.number: range(sectors)} if w else {}), ()
     elif model.name == "reordered":
-        for keep in range(len(opened) + 1):
-            newest = opened[len(opened) - keep :]
-            yield durable | {o.number: whole[o.number] for o in newest}, ()
+        keep = -(-len(opened) // 2)
+        newest = opened[len(opened) - keep :]
+        yield durable | {o.number: whole[o.number] for o in newest}, ()
     elif isinstance(model, SdCard):
         at_stake = []
         for device in range(len(DEVICES)):

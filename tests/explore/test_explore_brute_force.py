@@ -24,8 +24,11 @@ from hypothesis import strategies as st
 from framework.disk import (
     Emmc,
     JournalReader,
+    LooseDiscard,
     LyingFlush,
     PrefixCache,
+    ReorderedCache,
+    SdCard,
     TornPage,
     TornSector,
     UnreadableSectorError,
@@ -66,7 +69,9 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minute
 FILLS = (0x00, 0x80, 0x84, 0x11, 0x22)
 
 
-def operations(*, delays=(0,), fua=(False,), kinds=("write", "write", "write", "flush", "zero")):
+def operations(
+    *, delays=(0,), fua=(False,), kinds=("write", "write", "write", "flush", "zero", "discard")
+):
     def build(kind, device, first, count, fill, flagged, delay):  # noqa: PLR0917
         flush = kind == "flush"
         return Op(
@@ -107,6 +112,10 @@ MODELS = [
     Emmc(erase_unit=2048),
     Emmc(erase_unit=4096, erased=255),
     Emmc(reliable=True),
+    ReorderedCache(),
+    SdCard(window=2),
+    SdCard(window=3),
+    LooseDiscard(),
 ]
 
 
