@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 
 from framework.explore.index import (
+    I32,
     I64,
     U64,
     Base,
@@ -133,7 +134,7 @@ class Chain:
         found = []
         for number in range(len(self.cycle.index.regions)):
             part = self.parts[number]
-            at = int(part.before(np.array([position]))[0])
+            at = int(part.at.searchsorted(position))
             found.append((int(part.image[at]), int(part.identity[at])))
         return found
 
@@ -214,46 +215,99 @@ class Blocks:
         self.unit_count = np.minimum(
             unit_sectors, universe.device_sectors[self.unit_device] - self.unit_first
         )
+        self._order = np.argsort(self.block, kind="stable")
+        self._sorted_block = self.block[self._order]
+        self._starts = np.searchsorted(self._sorted_block, np.arange(len(ids) + 1))
         everything = slice(0, universe.size)
         content = np.full(len(sectors), damage, dtype=np.uint64)
-        damaged = index.mix(everything, content)
-        self.total_damaged = self.gather(damaged, np.ones(len(sectors), bool))
-        self.identity_damaged = self.gather(damaged, index.identity)
-        self.distance_damaged = self.distances(index.differs(everything, content))
+        self.damaged = self.sums(
+            np.arange(len(ids)), index.mix(everything, content), index.differs(everything, content)
+        )
 
-    def distances(self, differs: U64) -> list[I64]:
-        """For every image, how many of each block's sectors differ from it."""
-        found = []
-        for bit in range(len(self.index.image_content)):
-            wrong = ((differs >> np.uint64(bit)) & np.uint64(1)).astype(bool)
-            counted = np.bincount(self.block[wrong], minlength=len(self.block_unit))
-            found.append(counted.astype(np.int64))
+    def sums(self, blocks: I64, mix: U64, differs: U64) -> Sums:
+        """The contributions of the sectors of some blocks (ascending), given all sectors'."""
+        at, starts = self._sectors(blocks)
+        found = Sums.empty(len(self.block_unit), len(self.index.image_content))
+        if not len(at):
+            return found
+        mine = mix[at]
+        found.total[blocks] = np.bitwise_xor.reduceat(mine, starts)
+        counted = np.where(self.index.identity[at], mine, np.uint64(0))
+        found.identity[blocks] = np.bitwise_xor.reduceat(counted, starts)
+        wrong = differs[at]
+        for bit, distance in enumerate(found.distance):
+            steps = ((wrong >> np.uint64(bit)) & np.uint64(1)).astype(np.int64)
+            distance[blocks] = np.add.reduceat(steps, starts)
         return found
 
-    def gather(self, values: U64, mask: Bool) -> U64:
-        """The XOR over each block of the values of its sectors in the mask."""
-        found = np.zeros(len(self.block_unit), dtype=np.uint64)
-        np.bitwise_xor.at(found, self.block[mask], values[mask])
+    def highest(self, blocks: I64, rank: I32) -> I64:
+        """The highest rank that stands in each unit of some blocks; -1 for the other units."""
+        found = np.full(len(self.unit_ids), -1, dtype=np.int64)
+        at, starts = self._sectors(blocks)
+        if len(at):
+            top = np.maximum.reduceat(rank[at].astype(np.int64), starts)
+            units = self.block_unit[blocks]
+            first = np.flatnonzero(np.concatenate(([True], units[1:] != units[:-1])))
+            found[units[first]] = np.maximum.reduceat(top, first)
         return found
+
+    def blocks_of(self, units: I64) -> I64:
+        """All blocks of some units (ascending)."""
+        counts = self.blocks_in[units]
+        ends = np.cumsum(counts)
+        steps = np.repeat(self.first_block[units] - (ends - counts), counts)
+        return np.asarray(np.arange(int(counts.sum()), dtype=np.int64) + steps)
+
+    def _sectors(self, blocks: I64) -> tuple[I64, I64]:
+        """The sectors of some blocks, block by block, and where each block's begin."""
+        first = self._starts[blocks]
+        counts = self._starts[blocks + 1] - first
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        place = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(first - starts, counts)
+        return self._order[place], starts
+
+
+@dataclasses.dataclass(slots=True)
+class Sums:
+    """What the sectors of each block contribute: to the disk, to its region, to distances."""
+
+    total: U64
+    identity: U64
+    distance: list[I64]
+
+    @classmethod
+    def empty(cls, blocks: int, images: int) -> Sums:
+        """Of no sectors."""
+        return cls(
+            np.zeros(blocks, dtype=np.uint64),
+            np.zeros(blocks, dtype=np.uint64),
+            [np.zeros(blocks, dtype=np.int64) for _ in range(images)],
+        )
+
+
+class Standing:
+    """What stands in the units that a stage's operations concern, before any takes effect."""
+
+    def __init__(self, blocks: Blocks, base: Base, sectors: I64) -> None:
+        mine = blocks.blocks_of(np.unique(blocks.unit[sectors]))
+        self.sums = blocks.sums(mine, base.mix, base.differs)
+        self.highest = blocks.highest(mine, base.rank)
 
 
 class Destroyer:
     """Evaluates a chain's states with one unit destroyed."""
 
-    def __init__(self, chain: Chain, base: Base, blocks: Blocks) -> None:
+    def __init__(self, chain: Chain, blocks: Blocks, standing: Standing) -> None:
         self.chain = chain
         self.blocks = blocks
+        self.standing = standing.sums
         cycle = chain.cycle
-        index = cycle.index
-        everything = np.ones(index.universe.size, dtype=bool)
-        self._total_base = blocks.gather(base.mix, everything)
-        self._identity_base = blocks.gather(base.mix, index.identity)
         of_event = blocks.block[cycle.sector[chain.events]]
         order = np.argsort(of_event, kind="stable")
         self._step = np.int64(len(chain.events) + 1)
         self._sorted = of_event[order] * self._step + order
         self._starts = np.searchsorted(of_event[order], np.arange(len(blocks.block_unit)))
-        self._distance_base = blocks.distances(base.differs)
         self._distance = [
             np.concatenate(([0], np.cumsum(steps[order]))) for steps in chain.distance_steps
         ]
@@ -266,8 +320,8 @@ class Destroyer:
         """What a block contributes to (the disk's, its region's) identity at a position."""
         end = np.searchsorted(self._sorted, block * self._step + position)
         start = self._starts[block]
-        total = self._total_base[block] ^ self._total[end] ^ self._total[start]
-        identity = self._identity_base[block] ^ self._identity[end] ^ self._identity[start]
+        total = self.standing.total[block] ^ self._total[end] ^ self._total[start]
+        identity = self.standing.identity[block] ^ self._identity[end] ^ self._identity[start]
         return total, identity
 
     def evaluate(self, position: I64, unit: I64) -> tuple[U64, U64]:
@@ -279,7 +333,7 @@ class Destroyer:
             mine = np.flatnonzero(counts > extra)
             block = self.blocks.first_block[unit[mine]] + extra
             whole, identity = self._content(block, position[mine])
-            total[mine] ^= whole ^ self.blocks.total_damaged[block]
+            total[mine] ^= whole ^ self.blocks.damaged.total[block]
             region = self.blocks.block_region[block]
             for number in np.unique(region).tolist():
                 if number >= 0:
@@ -300,15 +354,15 @@ class Destroyer:
         index = self.chain.cycle.index
         part = self.chain.parts[region]
         at = part.before(position)
-        after = part.identity[at] ^ identity ^ self.blocks.identity_damaged[block]
+        after = part.identity[at] ^ identity ^ self.blocks.damaged.identity[block]
         distances = {}
         if part.distances:
             end = np.searchsorted(self._sorted, block * self._step + position)
             start = self._starts[block]
             for bit, values in part.distances.items():
-                standing = self._distance_base[bit][block]
+                standing = self.standing.distance[bit][block]
                 standing = standing + self._distance[bit][end] - self._distance[bit][start]
-                damaged = self.blocks.distance_damaged[bit][block]
+                damaged = self.blocks.damaged.distance[bit][block]
                 distances[bit] = values[at] - standing + damaged
         image = images_of(index, region, distances, len(at))
         return part.fact[at], fact_hash(index, region, after, image), (image, after)

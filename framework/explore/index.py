@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Final
 
@@ -32,7 +32,7 @@ import xxhash
 
 from framework.disk import SECTOR, JournalReader, Kind, LazyDisk, PowerCycle, UnreadableSectorError
 from framework.disk.digest import region_sha256
-from framework.disk.lazy import UNREADABLE, runs
+from framework.disk.lazy import UNREADABLE, ZERO, SectorMap, new_map, runs
 from framework.explore.layout import Layout, LayoutMistakeError, Region, Role
 
 U64 = npt.NDArray[np.uint64]
@@ -44,6 +44,7 @@ ZERO_HASH: Final = np.uint64(xxhash.xxh3_64_intdigest(bytes(SECTOR)))
 UNREADABLE_HASH: Final = np.uint64(0xD6E8FEB86659FD93)
 _NEVER: Final = np.iinfo(np.int64).max
 _CHUNK: Final = 1 << 20
+_ZEROES: Final = bytes(_CHUNK)
 MAX_IMAGES: Final = 60
 """Most images over all slots: a bit each in one 64-bit mask."""
 
@@ -265,17 +266,57 @@ class Index:
         """The content hashes of operation row `row` of the journal."""
         return self._payloads[self._payload_at[row] : self._payload_at[row + 1]]
 
-    def content_of(self, maps: list[npt.NDArray[np.int64]], extra: bytes = b"") -> U64:
-        """The content hash of every touched sector in a state given by its sector maps."""
+    @cached_property
+    def base_content(self) -> U64:
+        """The content hash of every touched sector in the base images."""
         found = np.empty(self.universe.size, dtype=np.uint64)
         for device, first, count, number in self.universe.spans():
             name = self.journal.devices[device]
-            disk = LazyDisk(
-                name, maps[device], self.journal.base_paths[name], self.journal.path, extra
-            )
-            with disk:
+            header = self.journal.header.devices[device]
+            sectors = new_map(header.size_bytes, header.base.size_bytes)
+            path = self.journal.base_paths[name]
+            with LazyDisk(name, sectors, path, self.journal.path) as disk:
                 _hash_range(disk, first, count, found[number : number + count])
         return found
+
+    def content_of(self, maps: Sequence[SectorMap]) -> U64:
+        """The content hash of every touched sector in a state given by its sector maps.
+
+        Where a sector lies says what it holds: nothing is read that was hashed before.
+        """
+        whole = np.concatenate([m[f : f + n] for m, f, n in self._pieces(maps)])
+        found = self.base_content.copy()
+        found[whole == ZERO] = ZERO_HASH
+        found[whole == UNREADABLE] = UNREADABLE_HASH
+        written = np.flatnonzero(whole > 0)
+        position = whole[written] - 1
+        writes = np.flatnonzero(self.journal.operations.kind == Kind.WRITE)
+        starts = self.journal.operations.position[writes]
+        which = np.searchsorted(starts, position, side="right") - 1
+        inside = which >= 0
+        inside[inside] &= (
+            position[inside]
+            < starts[which[inside]] + self.journal.operations.length[writes][which[inside]]
+        )
+        row = writes[which[inside]]
+        offset = (position[inside] - starts[which[inside]]) // SECTOR
+        found[written[inside]] = self._payloads[self._payload_at[row] + offset]
+        self._read_rest(found, written[~inside], position[~inside])
+        return found
+
+    def _pieces(self, maps: Sequence[SectorMap]) -> Iterator[tuple[SectorMap, int, int]]:
+        yield np.zeros(0, dtype=np.int64), 0, 0
+        for device, first, count, _ in self.universe.spans():
+            yield maps[device], first, count
+
+    def _read_rest(self, found: U64, at: I64, position: I64) -> None:
+        """Content that no write has: rot, and what earlier cuts made up."""
+        if not len(at):
+            return
+        with self.journal.path.open("rb") as file:
+            for place, where in zip(at.tolist(), position.tolist(), strict=True):
+                file.seek(where)
+                found[place] = hash_sectors(file.read(SECTOR), 0, 1)[0]
 
     def mix(self, at: I64 | slice, content: U64) -> U64:
         """What a content at a sector contributes to an identity."""
@@ -337,7 +378,7 @@ class Index:
         images: dict[str, tuple[str, int, U64]] = {}
         seen: set[bytes] = set()
         for maps in self._candidates(number):
-            content = self.content_of_slice(maps, at, part.device)
+            content = self.content_of(maps)[at]
             if content.tobytes() in seen:
                 continue
             seen.add(content.tobytes())
@@ -354,23 +395,6 @@ class Index:
                     if digest in known and digest not in images:
                         images[digest] = (known[digest].name, size, content)
         return sorted(images.values(), key=lambda image: image[1])
-
-    def content_of_slice(
-        self, maps: list[npt.NDArray[np.int64]], at: slice, device_name: str
-    ) -> U64:
-        """As `content_of`, for a run of touched sectors of one device."""
-        found = np.empty(at.stop - at.start, dtype=np.uint64)
-        with LazyDisk(
-            device_name,
-            maps[self.journal.devices.index(device_name)],
-            self.journal.base_paths[device_name],
-            self.journal.path,
-        ) as disk:
-            for _, first, count, number in self.universe.spans():
-                a, b = max(number, at.start), min(number + count, at.stop)
-                if a < b:
-                    _hash_range(disk, first + a - number, b - a, found[a - at.start : b - at.start])
-        return found
 
     def _candidates(self, number: int) -> Iterator[list[npt.NDArray[np.int64]]]:
         """The maps of moments at which a slot may hold a whole image: before it is relied upon.
@@ -445,7 +469,7 @@ def _hash_range(disk: LazyDisk, first: int, count: int, out: U64) -> None:
         part = disk.map[first + at : first + at + size]
         if not bool((part == UNREADABLE).any()):
             data = disk.read(offset, size * SECTOR)
-            if data.count(0) == len(data):
+            if data == _ZEROES[: len(data)]:
                 out[at : at + size] = ZERO_HASH
             else:
                 out[at : at + size] = hash_sectors(data, 0, size)

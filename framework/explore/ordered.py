@@ -24,13 +24,12 @@ import numpy as np
 from framework.disk import SECTOR, Emmc, TornSector
 from framework.disk.models import garbage_bytes
 from framework.disk.state import Garbage, Partial, Unreadable
-from framework.explore.chains import Blocks, Chain, Destroyer
+from framework.explore.chains import Blocks, Chain, Destroyer, Standing
 from framework.explore.collect import Batch, Facts, Opening
 from framework.explore.index import (
     I64,
     UNREADABLE_HASH,
     ZERO_HASH,
-    Bool,
     Index,
     hash_sectors,
     symbol,
@@ -76,6 +75,12 @@ class OrderedStage:
         self.rows = rows
         self.opening = Opening.of(stage, durable_last, model)
         self.model = model
+        self.missing = (
+            np.setdiff1d(self.opening.ops, self.cycle.op[rows], assume_unique=True)
+            if len(rows) < len(self.opening.ops)
+            else rows[:0]
+        )
+        """Open operations that this order doesn't have: lost in all of its states."""
         self.ends = np.cumsum(self.cycle.length[rows] // SECTOR)
         """Of each row, the state in which it is complete."""
         self.first_state = int(self.ends[start - 1]) if start else 0
@@ -115,8 +120,7 @@ class OrderedStage:
             taken = state - (int(self.ends[begun - 1]) - count)
             sectors = ((count - taken, taken) if reverse else (0, taken),) if taken else ()
             whole, partial = begun - 1, (Partial(int(ops[begun - 1]), sectors),)
-        missing = np.setdiff1d(self.opening.ops, ops, assume_unique=True)
-        lost = np.concatenate((ops[begun:], missing))
+        lost = np.concatenate((ops[begun:], self.missing))
         return Survivors(int(ops[:whole].max(initial=0)), lost, partial)
 
     def locate(self, state: int, *, reverse: bool = False) -> CrashState:
@@ -226,6 +230,8 @@ def tears(
     model = made.model
     torn = isinstance(model, TornSector)
     unit = (model.granularity if isinstance(model, TornSector) else SECTOR) // SECTOR
+    sectors = stage.cycle.sector[stage.cycle.events_of(stage.rows)]
+    standing = Standing(made.boundary, stage.base, sectors) if made.boundary else None
     for rows, start in moments(stage):
         ordered = OrderedStage(stage, rows, start, durable_last, model.name)
         for reverse in (False, True) if torn else (False,):
@@ -234,7 +240,9 @@ def tears(
             cuts = cuts[cuts >= ordered.first_state]
             yield ordered.batch(chain, cuts, reverse=reverse)
             for kind, blocks in made.kinds:
-                yield from _destroyed(ordered, chain, place, made, (kind, blocks), reverse=reverse)
+                assert standing is not None
+                damage = _Damage(made, kind, blocks, standing)
+                yield from _destroyed(ordered, chain, place, damage, reverse=reverse)
         if torn and len(rows):
             yield from _scattered(ordered, unit, rng)
 
@@ -255,20 +263,22 @@ def _unit_starts(ordered: OrderedStage, chain: Chain, place: I64, unit: int) -> 
     return np.flatnonzero(new)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Damage:
+    made: Tears
+    kind: str
+    blocks: Blocks
+    standing: Standing
+
+
 def _destroyed(
-    ordered: OrderedStage,
-    chain: Chain,
-    place: I64,
-    made: Tears,
-    damage: tuple[str, Blocks],
-    *,
-    reverse: bool,
+    ordered: OrderedStage, chain: Chain, place: I64, damage: _Damage, *, reverse: bool
 ) -> Iterator[Batch]:
     """The unit at every tear destroyed."""
-    kind, blocks = damage
+    made, kind, blocks = damage.made, damage.kind, damage.blocks
     if not len(chain.events):
         return
-    cycle, base = ordered.cycle, ordered.stage.base
+    cycle = ordered.cycle
     step = made.unit_bytes // SECTOR
     at = _unit_starts(ordered, chain, place, step)
     if kind == "wiped":
@@ -277,11 +287,13 @@ def _destroyed(
         at = at[~cycle.fua[ordered.rows[place[at]]]]
     at = at[at >= ordered.first_state]
     unit = blocks.unit[cycle.sector[chain.events[at]]]
-    fine = _not_rewritten(ordered, ordered.rows[place[at]], unit, blocks)
+    # A unit that a durable operation has rewritten since can't be destroyed.
+    row = ordered.rows[place[at]]
+    fine = (damage.standing.highest[unit] < row) | (cycle.completed[row] < 0)
     at, unit = at[fine], unit[fine]
     if not len(at):
         return
-    destroyer = Destroyer(chain, base, blocks)
+    destroyer = Destroyer(chain, blocks, damage.standing)
     key, total = destroyer.evaluate(at, unit)
     begun = place[at] + 1
 
@@ -303,13 +315,6 @@ def _destroyed(
         cycle.number,
         True,
     )
-
-
-def _not_rewritten(ordered: OrderedStage, row: I64, unit: I64, blocks: Blocks) -> Bool:
-    """Not the units that a durable operation has rewritten since: they can't be destroyed."""
-    highest = np.full(len(blocks.unit_ids), -1, dtype=np.int64)
-    np.maximum.at(highest, blocks.unit, ordered.stage.base.rank)
-    return np.asarray((highest[unit] < row) | (ordered.cycle.completed[row] < 0))
 
 
 def _scattered(ordered: OrderedStage, unit: int, rng: np.random.Generator) -> Iterator[Batch]:

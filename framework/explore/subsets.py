@@ -97,9 +97,7 @@ def atoms_of(stage: Stage) -> list[Atom]:
     events, place, sector = events[order], place[order], sector[order]
     new = np.concatenate(([True], sector[1:] != sector[:-1]))
     starts = np.flatnonzero(new)
-    group = np.cumsum(new) - 1
-    signature = np.zeros(len(starts), dtype=np.uint64)
-    np.bitwise_xor.at(signature, group, scramble(place.astype(np.uint64)))
+    signature = np.bitwise_xor.reduceat(scramble(place.astype(np.uint64)), starts)
     first = sector[starts]
     region = cycle.index.region[first].astype(np.uint64)
     place_in_layout = (region << np.uint64(1)) | cycle.index.identity[first].astype(np.uint64)
