@@ -74,7 +74,11 @@ def arrival_for_application(monkeypatch):
 
 def no_suffix_tears(monkeypatch):
     honest = ordered.OrderedStage.chain
-    monkeypatch.setattr(ordered.OrderedStage, "chain", lambda self, *, reverse=False: honest(self))
+
+    def planted(self, *, reverse=False):
+        return honest(self, reverse=False)
+
+    monkeypatch.setattr(ordered.OrderedStage, "chain", planted)
 
 
 def damage_without_its_neighbours(monkeypatch):
