@@ -4,6 +4,7 @@
 Imports `framework.disk` and `framework.verdict` only; no updater is known here.
 """
 
+from framework.explore.confirm import DisagreementError, confirm
 from framework.explore.engine import Progress, explore
 from framework.explore.layout import (
     EnvironmentReading,
@@ -39,6 +40,7 @@ __all__ = [
     "Coverage",
     "CrashClass",
     "CrashState",
+    "DisagreementError",
     "Disks",
     "EnvironmentReading",
     "Exploration",
@@ -59,6 +61,7 @@ __all__ = [
     "Store",
     "UbootStore",
     "Vocabulary",
+    "confirm",
     "explore",
     "gpt_region",
 ]

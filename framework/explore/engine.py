@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from framework.disk import (
+    SECTOR,
     CacheModel,
     DiskError,
     Emmc,
@@ -83,8 +84,7 @@ def explore(
     """
     chosen = (models,) if isinstance(models, CacheModel) else tuple(models)
     started = time.perf_counter()
-    unit = max([_unit(m) for m in chosen], default=512)
-    index = Index(journal, layout, unit=unit)
+    index = Index(journal, layout, unit=largest_unit(chosen))
     indexed = time.perf_counter()
     limits = subsets.Limits(exhaustive_up_to, samples)
     search = _Search(index, limits, seed=seed, max_classes=max_classes, progress=progress)
@@ -94,11 +94,15 @@ def explore(
     return search.result(indexed - started, time.perf_counter() - indexed)
 
 
-def _unit(model: CacheModel) -> int:
-    """The largest unit that a model destroys at once, in bytes."""
-    if isinstance(model, TornSector):
-        return model.granularity
-    return model.erase_unit if isinstance(model, Emmc) else 512
+def largest_unit(models: Sequence[CacheModel]) -> int:
+    """The largest unit that one of these models destroys at once, in bytes."""
+    units = [SECTOR]
+    for model in models:
+        if isinstance(model, TornSector):
+            units.append(model.granularity)
+        elif isinstance(model, Emmc):
+            units.append(model.erase_unit)
+    return max(units)
 
 
 class _Search:

@@ -3,8 +3,9 @@
 A crash state differs from the power-on state in the sectors that survived, so everything that is
 asked of a state is kept as a quantity to which each sector contributes on its own:
 
-* *identity* of a region: the XOR over its sectors of mix(sector, content), 64 bits. Replacing a
-  sector's content is one XOR, and all prefixes of a sequence are one cumulative XOR.
+* *identity* of a region: the XOR over its sectors of mix(sector, content) ^ mix(sector, content in
+  the base image), 64 bits: 0 for the base image. Replacing a sector's content is one XOR, and all
+  prefixes of a sequence are one cumulative XOR.
 * *distance* of a slot to each known image: how many sectors differ; the image stands there bit for
   bit if it is 0. An exact count, and again a cumulative sum.
 * *identity of the whole disk*, to count distinct states: the XOR over all sectors ever touched.
@@ -618,8 +619,12 @@ class CycleIndex:
         everything = slice(0, index.universe.size)
         mix = index.mix(everything, content)
         differs = self.index.differs(everything, content)
+        since_base = mix ^ index.mix(everything, index.base_content)
         identity = np.array(
-            [xor_all(mix[(index.region == r) & index.identity]) for r in range(len(index.regions))],
+            [
+                xor_all(since_base[(index.region == r) & index.identity])
+                for r in range(len(index.regions))
+            ],
             dtype=np.uint64,
         )
         distance = np.array(
@@ -635,7 +640,7 @@ class CycleIndex:
             differs,
             identity,
             distance,
-            xor_all(mix),
+            xor_all(since_base),
         )
 
     def events_of(self, rows: I64) -> I64:

@@ -150,9 +150,8 @@ class CrashClass:
         exhaustive: every state that put it here comes from an exhaustive row of the coverage.
         spans: when power can fail so that it results, in order, disjoint.
         models: names of the models under which it was reached.
-        sha256: over the content of all sectors of the representative's regions (but slots) that
-            the recording ever touches; hexadecimal. It was read from the materialised state, and
-            the engine's own hash agreed with it.
+        sha256: empty until `confirm`: over the sectors of the representative's regions (of slots,
+            their probes) that the recording ever touches; hexadecimal.
     """
 
     key: str

@@ -35,7 +35,7 @@ from framework.disk import (
     VolatileCache,
     WriteThrough,
 )
-from framework.explore import explore
+from framework.explore import confirm, explore
 
 
 def content_of(state, reader):
@@ -134,6 +134,8 @@ def check(script, model, **options):
             mine[0] += 1
             mine[1] |= moments
         found = explore(reader, where, model, samples=20, **options)
+        found = confirm(reader, where, [model], found)
+        assert len({one.sha256 for one in found.classes}) <= len(found.classes)
         sampled = any(row.how == "sampled" for row in found.coverage)
         scattered = any("scattered" in row.note for row in found.coverage)
         mine = {}
