@@ -146,7 +146,7 @@ class Collector:
         last = np.broadcast_to(np.asarray(batch.last_sequence, dtype=np.int64), (size,))
         for key, place in zip(keys.tolist(), at.tolist(), strict=True):
             self._see(key, place, batch, int(last[place]))
-        self._sample(batch, len(keys))
+        self._sample(batch, dict(zip(keys.tolist(), at.tolist(), strict=True)))
         return len(total), len(keys)
 
     def _see(self, key: int, place: int, batch: Batch, last: int) -> None:
@@ -165,11 +165,13 @@ class Collector:
                 return
         known.spans.append((batch.cycle, first, last, batch.locate(place)))
 
-    def _sample(self, batch: Batch, classes: int) -> None:
+    def _sample(self, batch: Batch, witnesses: dict[int, int]) -> None:
+        """Keep a few random states as samples, but for those that stand for their class anyway."""
         size = len(batch.key)
-        for place in self._rng.integers(0, size, min(size, classes + 8)).tolist():
-            known = self.classes.get(int(batch.key[place]))
-            if known is not None and len(known.samples) < SAMPLES_KEPT:
+        places = np.unique(self._rng.integers(0, size, min(size, len(witnesses) + 8)))
+        for place, key in zip(places.tolist(), batch.key[places].tolist(), strict=True):
+            known = self.classes.get(key)
+            if known is not None and len(known.samples) < SAMPLES_KEPT and witnesses[key] != place:
                 state = batch.locate(place)
                 if state not in known.samples:
                     known.samples.append(state)

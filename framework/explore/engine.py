@@ -292,9 +292,11 @@ class _Search:
                 return False
 
     def _damaged(self, number: int, state: CrashState) -> bool:
+        decision = state.decision
+        if not decision.garbage and not decision.unreadable:
+            return False
         region = self.index.regions[number]
         devices = self.index.journal.devices
-        decision = state.decision
         harmed = [(devices[g.device], g.offset, g.offset + g.length) for g in decision.garbage]
         harmed += [(devices[u.device], u.offset, u.offset + u.length) for u in decision.unreadable]
         for part in region.ranges:

@@ -158,7 +158,7 @@ def check(script, model, **options):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
-@settings(max_examples=25, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(script=st.one_of(scripts, wild))
 def test_every_class_and_every_state_is_found_and_no_other(model, script):
     found, mine, truth, classes, sampled, scattered = check(script, model)
