@@ -96,7 +96,7 @@ def record(folder: Path, disk: int, update: int) -> tuple[Path, tuple[KnownImage
     """Write base image and journal; returns the journal and the two images."""
     rng = random.Random(1)
     base = folder / "base.img"
-    old, new = rng.randbytes(update), rng.randbytes(update)
+    old, new = (b"".join(rng.randbytes(MIB) for _ in range(update // MIB)) for _ in range(2))
     where = layout(disk, update, ())
     slot_a, slot_b = (where.region(n).ranges[0].offset for n in ("slot a", "slot b"))
     data = where.region("data").ranges[0].offset

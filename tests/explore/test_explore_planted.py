@@ -10,7 +10,7 @@ from explore_reference import Op
 from test_explore_brute_force import check
 
 from framework.disk import Emmc, LyingFlush, PrefixCache, SdCard, TornSector, VolatileCache
-from framework.explore import chains, ordered, product, stages, subsets, windows
+from framework.explore import DisagreementError, chains, ordered, product, stages, subsets, windows
 
 W = "write"
 OVERWRITE = [Op(W, 0, 0, 2, 0x11), Op(W, 0, 0, 2, 0x22), Op("flush", 0), Op(W, 0, 16, 2, 0x11)]
