@@ -43,6 +43,7 @@ night: images
 bench: images
 	.venv/bin/python tests/benchmarks/recorder.py
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
+	.venv/bin/python tests/benchmarks/explore.py
 
 lock: setup
 	.venv/bin/python -m pip install --quiet uv
