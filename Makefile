@@ -43,6 +43,7 @@ night: images
 bench: images
 	.venv/bin/python tests/benchmarks/recorder.py
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
+	.venv/bin/python tests/benchmarks/explore.py
 
 # Coverage-guided fuzzing of the artifact reader. What it finds is kept in build/fuzz; SECONDS=3600.
 SECONDS ?= 600

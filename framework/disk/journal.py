@@ -1,6 +1,6 @@
 """The journal: one append-only file that holds everything that happened to a machine's disks.
 
-The format is ours; FORMAT.md beside this file is its specification (version 1). In short: a
+The format is ours; FORMAT.md beside this file is its specification (version 2). In short: a
 4096-byte aligned file header with the devices and the identity of their base images, then
 records of a 72-byte checksummed header and an optional checksummed payload. The order of the
 records in the file *is* the total order of events over all devices, so there is nothing to
@@ -36,7 +36,8 @@ from framework.disk.errors import JournalError, RecorderError
 SECTOR: Final = 512
 """Bytes in a sector, the unit in which a disk's content is tracked."""
 
-VERSION: Final = 1
+VERSION: Final = 2
+_READABLE: Final = (1, 2)
 FILE_MAGIC: Final = b"BRWNJRNL"
 RECORD_MAGIC: Final = 0x63655242  # "BRec", little endian
 NO_DEVICE: Final = 0xFF
@@ -161,8 +162,12 @@ def parse_header(path: Path, data: bytes | mmap.mmap) -> tuple[JournalHeader, in
     if len(data) < _FILE_HEADER.size or bytes(data[:8]) != FILE_MAGIC:
         raise JournalError(path, 0, "not a disk journal (no magic); was the recorder started?")
     _, version, length, checksum = _FILE_HEADER.unpack_from(data)
-    if version != VERSION:
-        raise JournalError(path, 8, f"format version {version}, this reader knows {VERSION}")
+    if version not in _READABLE:
+        raise JournalError(
+            path,
+            8,
+            f"format version {version}, this reader knows {' and '.join(map(str, _READABLE))}",
+        )
     text = bytes(data[_FILE_HEADER.size : _FILE_HEADER.size + length])
     if len(text) != length or xxhash.xxh3_64_intdigest(text) != checksum:
         raise JournalError(path, _FILE_HEADER.size, "the header is damaged (checksum)")

@@ -51,6 +51,15 @@ def place(sectors: SectorMap, offset: int, length: int, position: int) -> None:
     )
 
 
+def place_repeated(
+    sectors: SectorMap, offset: int, position: int, length: int, repeat: int
+) -> None:
+    """Say that the `length` bytes at `position` stand at `offset` `repeat` times in a row."""
+    first = offset // SECTOR
+    part = sectors[first : first + repeat * length // SECTOR]
+    part[:] = np.resize(np.arange(position + 1, position + 1 + length, SECTOR), len(part))
+
+
 def place_kind(sectors: SectorMap, offset: int, length: int, kind: int) -> None:
     """Make a range ZERO, UNREADABLE or BASE."""
     sectors[offset // SECTOR : (offset + length) // SECTOR] = kind

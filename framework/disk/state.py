@@ -25,7 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from framework.disk.journal import SECTOR, Flag, Kind, as_json
-from framework.disk.lazy import UNREADABLE, ZERO, SectorMap, place, place_kind
+from framework.disk.lazy import (
+    UNREADABLE,
+    ZERO,
+    SectorMap,
+    place,
+    place_kind,
+    place_repeated,
+)
 
 Column = npt.NDArray[np.int64]
 
@@ -222,11 +229,21 @@ class Partial:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Garbage:
-    """A range that holds bytes nobody wrote."""
+    """A range that holds bytes nobody wrote: `content`, `repeat` times in a row.
+
+    Repeating serves ranges that are too large to be kept as bytes: an erased unit, a discarded
+    slot.
+    """
 
     device: int
     offset: int
     content: bytes
+    repeat: int = 1
+
+    @property
+    def length(self) -> int:
+        """The range's length in bytes."""
+        return len(self.content) * self.repeat
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -257,7 +274,9 @@ class Decision:
             kept = sum(count for _, count in torn.sectors)
             text += f", operation {torn.operation} torn ({kept} sectors kept)"
         for garbage in self.garbage:
-            text += f", {len(garbage.content)} bytes of garbage at {garbage.offset}"
+            zeros = not any(garbage.content)
+            what = "erased" if zeros and garbage.repeat > 1 else "of garbage"
+            text += f", {garbage.length} bytes {what} at {garbage.offset}"
         for hole in self.unreadable:
             text += f", {hole.length} bytes unreadable at {hole.offset}"
         return text
@@ -271,7 +290,10 @@ class Decision:
         fields["dropped"] = len(self.dropped)
         fields["open"] = self.open_operations
         fields["partial"] = [[p.operation, [list(s) for s in p.sectors]] for p in self.partial]
-        fields["garbage"] = [[g.device, g.offset, len(g.content)] for g in self.garbage]
+        fields["garbage"] = [
+            [g.device, g.offset, len(g.content), *([g.repeat] if g.repeat != 1 else [])]
+            for g in self.garbage
+        ]
         fields["unreadable"] = [[u.device, u.offset, u.length] for u in self.unreadable]
         text = as_json(fields)
         text += b" " * (-(len(text) + 4) % 8)
@@ -294,8 +316,8 @@ def parse_cut(payload: bytes) -> tuple[dict[str, Any], Decision, int]:
         at += 8 * count
         start = at
         garbage = []
-        for device, offset, size in fields["garbage"]:
-            garbage.append(Garbage(device, offset, payload[at : at + size]))
+        for device, offset, size, *repeat in fields["garbage"]:
+            garbage.append(Garbage(device, offset, payload[at : at + size], *repeat))
             at += size
         decision = Decision(
             dropped=dropped,
@@ -307,7 +329,7 @@ def parse_cut(payload: bytes) -> tuple[dict[str, Any], Decision, int]:
             garbage=tuple(garbage),
             unreadable=tuple(Unreadable(*u) for u in fields["unreadable"]),
         )
-    except (struct.error, KeyError, TypeError) as error:
+    except (struct.error, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"malformed cut record: {error}") from error
     return fields, decision, start
 
@@ -364,7 +386,12 @@ def rebuild(
         place(maps[rot.device], rot.offset, rot.length, rot.position)
     for garbage in decision.garbage:
         size = len(garbage.content)
-        place(maps[garbage.device], garbage.offset, size, garbage_position)
+        if garbage.repeat == 1:
+            place(maps[garbage.device], garbage.offset, size, garbage_position)
+        else:
+            place_repeated(
+                maps[garbage.device], garbage.offset, garbage_position, size, garbage.repeat
+            )
         garbage_position += size
     for hole in decision.unreadable:
         place_kind(maps[hole.device], hole.offset, hole.length, UNREADABLE)

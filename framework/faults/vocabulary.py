@@ -13,7 +13,18 @@ from attrs import evolve, field, frozen, validators
 
 from framework.disk import MODELS, CacheModel, TornSector
 
-CacheModelName = Literal["kept", "prefix", "subset", "reordered", "torn", "lying"]
+CacheModelName = Literal[
+    "kept",
+    "prefix",
+    "subset",
+    "reordered",
+    "torn",
+    "lying",
+    "torn-page",
+    "sd",
+    "emmc",
+    "discard",
+]
 
 
 class FaultError(Exception):

@@ -17,10 +17,14 @@ from framework.disk import (
     MODELS,
     DeviceSpec,
     DiskError,
+    Emmc,
     JournalReader,
+    LooseDiscard,
     LyingFlush,
     PrefixCache,
     Recorder,
+    SdCard,
+    TornPage,
     TornSector,
     Trigger,
     UnreadableSectorError,
@@ -64,14 +68,19 @@ class Reference:
         if isinstance(model, LyingFlush):
             pairs = zip(content, self.since_power_on, strict=True)
             return all(c in allowed for c, allowed in pairs)
+        if isinstance(model, LooseDiscard):
+            pairs = zip(content, self.since_power_on, strict=True)
+            return all(c in allowed or (c is not None and len(set(c)) > 99) for c, allowed in pairs)
         odd = [
             i
             for i, (c, allowed) in enumerate(zip(content, self.history, strict=True))
             if c not in allowed
         ]
-        if not isinstance(model, TornSector):
+        if not isinstance(model, TornSector | Emmc):
             return not odd
-        unit = model.granularity // S
+        if isinstance(model, Emmc) and any(content[i] != bytes(S) for i in odd):
+            return False
+        unit = (model.erase_unit if isinstance(model, Emmc) else model.granularity) // S
         return not odd or (odd[0] // unit == odd[-1] // unit and self.at_stake())
 
     def at_stake(self) -> bool:
@@ -93,6 +102,10 @@ models = st.one_of(
         kinds=st.sampled_from([("mix",), ("garbage",), ("unreadable",), ("mix", "garbage")]),
     ),
     st.builds(LyingFlush, flushes=st.sampled_from([None])),
+    st.builds(TornPage, kinds=st.sampled_from([("garbage",), ("unreadable",)])),
+    st.builds(SdCard, window=st.sampled_from([1, 3, 8])),
+    st.builds(Emmc, erase_unit=st.sampled_from([1024, 4096]), reliable=st.booleans()),
+    st.builds(LooseDiscard),
 )
 ranges = st.tuples(st.integers(0, SECTORS - 1), st.integers(1, 10)).map(
     lambda p: (p[0], min(p[1], SECTORS - p[0]))
@@ -493,6 +506,9 @@ def test_models_come_from_names_and_bad_ones_are_refused():
         lambda: VolatileCache(keep=1.5),
         lambda: TornSector(granularity=100),
         lambda: TornSector(kinds=("worse",)),
+        lambda: SdCard(window=0),
+        lambda: Emmc(erase_unit=1000),
+        lambda: Emmc(erased=7),
     ):
         with pytest.raises(DiskError):
             bad()
@@ -506,3 +522,74 @@ def test_unflushed_discards_and_zeroes_are_at_stake_too(recorder, connect, base)
     assert client.read(0, 12288) == bytes(12288)
     recorder.cut(VolatileCache(0.0))
     assert connect().read(0, 12288) == base.read_bytes()[:8192] + bytes(4096)
+
+
+def test_a_card_loses_of_its_newest_operations_only(recorder, connect, base):
+    original = base.read_bytes()
+    client = connect()
+    for i in range(8):
+        client.write(i * S, bytes([0x61 + i]) * S)
+    recorder.cut(SdCard(window=3, keep=0.0))
+    written = b"".join(bytes([0x61 + i]) * S for i in range(5))
+    assert connect().read(0, 8 * S) == written + original[5 * S : 8 * S]
+
+
+def test_an_interrupted_write_can_wipe_an_erase_unit_and_a_reliable_one_cannot(
+    recorder, connect, base
+):
+    client = connect()
+    client.write(9 * S, b"x" * S)
+    recorder.close()
+    reader = JournalReader(recorder.journal_path)
+    contents = set()
+    for seed in range(40):
+        with reader.state_at(1, Emmc(erase_unit=4096), seed) as disk:
+            contents.add(disk.read(8 * S, 8 * S))
+        with reader.state_at(1, Emmc(erase_unit=4096, reliable=True), seed) as disk:
+            assert disk.read(8 * S, 8 * S) != bytes(4096)
+            assert disk.read(16 * S, S) == base.read_bytes()[16 * S : 17 * S]
+    old = base.read_bytes()[8 * S : 16 * S]
+    assert contents == {old, old[:S] + b"x" * S + old[2 * S :], bytes(4096)}
+    with reader.state_at(1, Emmc(erase_unit=4096, erased=255), 1) as disk:
+        assert disk.read(8 * S, S) in (old[:S], b"\xff" * S)
+
+
+def test_a_discarded_range_reads_as_before_as_zeros_or_as_anything(recorder, connect, base):
+    original = base.read_bytes()
+    client = connect()
+    client.wait(client.send(TRIM, 0, length=64 * S))
+    client.flush()  # durable, and yet not determined
+    client.write(2 * S, b"w" * S)
+    recorder.close()
+    reader = JournalReader(recorder.journal_path)
+    seen = set()
+    for seed in range(30):
+        with reader.state_at(3, LooseDiscard(), seed) as disk:
+            assert disk.read(2 * S, S) == b"w" * S  # what was rewritten is safe
+            rest = disk.read(0, 2 * S) + disk.read(3 * S, 61 * S)
+            if rest == bytes(63 * S):
+                seen.add("zeros")
+            elif rest == original[: 2 * S] + original[3 * S : 64 * S]:
+                seen.add("old")
+            else:
+                assert rest[16 * S :][: 8 * S] == rest[24 * S :][: 8 * S]  # a pattern
+                seen.add("garbage")
+    assert seen == {"old", "zeros", "garbage"}
+
+
+def test_an_erased_unit_costs_the_journal_no_bytes(recorder, connect):
+    connect().write(0, b"x" * S)
+    before = recorder.journal_path.stat().st_size
+    for seed in range(20):
+        record = recorder.cut(Emmc(erase_unit=1 << 20), seed)
+        if record.decision.garbage:
+            break
+        connect().write(0, b"x" * S)
+    else:
+        pytest.fail("no seed wiped the unit")
+    with recorder.disk("vda") as disk:
+        assert disk.read(0, 1 << 20) == bytes(1 << 20)
+    recorder.close()
+    assert recorder.journal_path.stat().st_size - before < 1 << 20
+    with JournalReader(recorder.journal_path).after_cut(record.index) as disk:
+        assert disk.read(0, 1 << 20) == bytes(1 << 20)

@@ -190,6 +190,16 @@ def test_other_files_are_refused_with_the_reason(tmp_path, data, words):
         JournalReader(path)
 
 
+def test_a_journal_of_version_1_is_still_read(recording, tmp_path):
+    path, _ = recording
+    data = bytearray(path.read_bytes())
+    assert struct.unpack_from("<I", data, 8) == (2,)
+    struct.pack_into("<I", data, 8, 1)
+    reader = read_variant(path, bytes(data), tmp_path)
+    assert len(reader.operations) == 24
+    assert len(reader.cuts) == 3
+
+
 def test_a_missing_journal_is_one_clear_line(tmp_path):
     with pytest.raises(JournalError, match="No such file"):
         JournalReader(tmp_path / "none")
