@@ -1,0 +1,159 @@
+"""Runs one update on an emulated rig, without a fault, and keeps a recording of it.
+
+The same façade as the scenarios' (`Device`): boot, leave a synced file, install, restart, let the
+device commit or roll back by itself. What the run promises on the way goes into the journal as
+marks (`framework.explore.timeline`), from the console's own thread, so that each stands between
+the operations where it was heard. Only emulated rigs: their disks are recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from framework.console import Line
+from framework.disk import DiskError
+from framework.explore.recording import write_recording
+from framework.explore.timeline import SOURCE, FileSynced, Promise, Restarted, to_mark
+from framework.network import FaultProxy, ProxyEvent
+from framework.scenario.bench import Bench, open_bench_on
+from framework.scenario.device import CANARY_PATH, Device, Update
+from framework.targets.errors import InfrastructureError
+from framework.targets.qemu import RecordedQEMUDriver
+from framework.targets.strategy import READY
+from framework.verdict import BootSeen, CommitReached, Committed, InstallStarted
+
+Say = Callable[[str], None]
+
+
+def record_update(
+    rig: Path, base: str, variant: str, destination: Path, say: Say = lambda text: None
+) -> Path:
+    """Install `variant` over `base` on `rig`, up to its commit or rollback; keep the recording.
+
+    Raises:
+        BenchError, RigError: the rig or its images can't be used.
+        InfrastructureError: the run did not get as far as it should have.
+        DiskError: the recording can't be written.
+    """
+    bench = open_bench_on(rig, [base, variant])
+    with contextlib.closing(bench):
+        return record_on(bench, base, variant, destination, say)
+
+
+def record_on(
+    bench: Bench, base: str, variant: str, destination: Path, say: Say = lambda text: None
+) -> Path:
+    """As `record_update`, on a bench that is open."""
+    say("starting")
+    device = bench.device(base, say=say, step=contextlib.nullcontext)
+    machine = device.machine
+    if not isinstance(machine, RecordedQEMUDriver):
+        raise InfrastructureError("this rig's disks are not recorded, so it makes no recording")
+    recorder = machine.recorder
+
+    def heard(event: ProxyEvent) -> None:
+        with contextlib.suppress(DiskError):
+            recorder.mark("server", event.text)
+
+    with (
+        contextlib.closing(device),
+        FaultProxy((bench.server.host, bench.server.port), on_event=heard) as proxy,
+        _promises(device, variant),
+    ):
+        update = bench.update(variant, proxy.port)
+        _run(device, update)
+        accelerator = machine.accelerator_used.name
+    say("keeping the recording")
+    recorder.close()
+    facts = _facts(bench, device, base, variant, accelerator)
+    return write_recording(recorder.journal_path, destination, facts)
+
+
+def _run(device: Device, update: Update) -> None:
+    """The update from power-on to its end."""
+    boot = device.boot()
+    if not boot.ready:
+        raise InfrastructureError("the device did not become ready", evidence=boot.evidence)
+    recorder = device.machine.recorder
+    assert device.canary_sha256 is not None
+    _promise(device, FileSynced(CANARY_PATH, device.canary_sha256))
+    recorder.mark("scenario", f"installing {update.name}")
+    _promise(device, InstallStarted(update.name))
+    ended = device.install(update)
+    _promise(device, ended)
+    _promise(device, Restarted())
+    boot_after = device.reboot()
+    if boot_after is None or not boot_after.ready:
+        raise InfrastructureError(
+            "the device did not come back after its update",
+            evidence="" if boot_after is None else boot_after.evidence,
+        )
+    device.read_status()
+    recorder.mark("scenario", f"ended: {'; '.join(device.did)}")
+
+
+def _promise(device: Device, event: Promise) -> None:
+    device.machine.recorder.mark(SOURCE, to_mark(event))
+
+
+@contextlib.contextmanager
+def _promises(device: Device, variant: str) -> Iterator[None]:
+    """Put what the console promises into the journal, on the console's own thread."""
+    signs = device.uut.signs
+    on_trial: list[str] = []
+
+    def heard(line: Line) -> None:
+        if line.direction != "RX":
+            return
+        event: Promise | None = None
+        text = line.text + "\n"
+        if match := signs.state.search(line.text):
+            if match["name"] == device.uut.commit_state and on_trial:
+                event = CommitReached(on_trial[-1])
+        elif match := signs.installed.search(line.text):
+            on_trial.append(match["name"])
+        elif match := signs.committed.search(line.text):
+            event = Committed(match["name"], match["slot"])
+        elif ready := READY.compiled.search(text.encode()):
+            version, slot, boot_id = (group.decode() for group in ready.groups())
+            event = BootSeen(True, version, slot, boot_id)
+        if event is not None:
+            with contextlib.suppress(DiskError):  # `check` tells it where someone can act
+                _promise(device, event)
+
+    forget = device.machine.pump.add_listener(heard)
+    try:
+        yield
+    finally:
+        forget()
+
+
+def _facts(
+    bench: Bench, device: Device, base: str, variant: str, accelerator: str
+) -> dict[str, Any]:
+    """Everything that explains the journal: RECORDING.md says what each is."""
+    manifest = bench.images.manifest
+    return {
+        "rig": bench.images.target,
+        "base": base,
+        "update": variant,
+        "outcome": "; ".join(device.did),
+        "updater": device.uut.name,
+        "manifest": {
+            key: manifest[key]
+            for key in ("target", "arch", "bootloader", "layout", "slots", "variants", "disks")
+        },
+        "firmware": {role: path.name for role, path in device.manifest.firmware.items()},
+        "base_hints": {name: str(path) for name, path in device.manifest.disks.items()},
+        "accelerator": accelerator,
+        "versions": {
+            "brownout": metadata.version("brownout"),
+            "python": platform.python_version(),
+        },
+        "console": device.console_text(),
+    }
