@@ -16,6 +16,7 @@ import select
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +27,11 @@ from framework.disk import DeviceSpec, JournalReader, LazyDisk, Recorder, StartS
 from framework.targets.errors import InfrastructureError
 from framework.targets.machine import Machine, command_line
 from framework.targets.process import MachineProcess
-from framework.targets.rundir import RunDirectory
+from framework.targets.rundir import RunDirectory, sweep
 
-_READ: int = 65536
+_READ = 65536
 _CONSOLE_LIMIT = 1 << 20
+_TURN_S = 0.5
 _START = b'{"execute":"qmp_capabilities"}\n{"execute":"cont"}\n'
 
 
@@ -55,19 +57,60 @@ class Heard:
         return self.console[-400:].strip()
 
 
+class Workplace:
+    """Where machines run: a directory of this process. Leaving it ends all that still runs there.
+
+    A context manager; machines in other threads end within half a second.
+    """
+
+    def __init__(self) -> None:
+        self._run: RunDirectory | None = None
+        self._leaving = threading.Event()
+
+    def __enter__(self) -> Workplace:
+        sweep()
+        self._run = RunDirectory.create()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leaving.set()
+        self.run.remove()
+
+    @property
+    def run(self) -> RunDirectory:
+        """The directory."""
+        if self._run is None:
+            raise InfrastructureError("no workplace: enter it first")
+        return self._run
+
+    def stop(self) -> None:
+        """Have all machines end."""
+        self._leaving.set()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether machines have to end."""
+        return self._leaving.is_set()
+
+
 class StateMachine:
     """A machine whose disks are a crash state; a context manager.
 
     `disks` are all its disks; they must stay open. Its journal begins with that state.
     """
 
-    def __init__(self, machine: Machine, disks: Mapping[str, LazyDisk], run: RunDirectory) -> None:
+    def __init__(self, machine: Machine, disks: Mapping[str, LazyDisk], place: Workplace) -> None:
         self._machine = replace(
             machine, disks=tuple(disk for disk in machine.disks if disk.name in disks)
         )
-        self._run = run
+        self._place = place
         self.begin = StartState.of(disks)
-        self._directory = Path(tempfile.mkdtemp(prefix="state-", dir=run.path))
+        self._directory = Path(tempfile.mkdtemp(prefix="state-", dir=place.run.path))
         # The base's digest isn't needed: the recording's was checked when it was opened.
         specs = [
             DeviceSpec(disk.name, disks[disk.name].base_path, disks[disk.name].size_bytes, "-")
@@ -120,7 +163,7 @@ class StateMachine:
                 ended = "looped"
                 break
             starts += 1
-            with _Qemu(self._machine, self.recorder, self._run, self._directory) as qemu:
+            with _Qemu(self._machine, self.recorder, self._place, self._directory) as qemu:
                 ended = "timed out"
                 for chunk, event in qemu.listen(deadline):
                     if event == "reset":
@@ -163,11 +206,11 @@ class _Qemu:
     """One QEMU from power-on to its end."""
 
     def __init__(
-        self, machine: Machine, recorder: Recorder, run: RunDirectory, directory: Path
+        self, machine: Machine, recorder: Recorder, place: Workplace, directory: Path
     ) -> None:
         self._machine = machine
         self._recorder = recorder
-        self._environment = run.environment
+        self._place = place
         self._output = directory / "qemu-output"
 
     def __enter__(self) -> _Qemu:
@@ -188,7 +231,7 @@ class _Qemu:
                 ),
                 output_path=self._output,
                 pass_fds=(console.fileno(), monitor.fileno()),
-                environment=self._environment,
+                environment=self._place.run.environment,
             )
             self._monitor.sendall(_START)
         except BaseException:
@@ -214,7 +257,9 @@ class _Qemu:
         """Yield (console text, None) as it comes, at last ("", event): reset or switched off."""
         monitor = b""
         while (left := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([self._console, self._monitor], [], [], left)
+            ready, _, _ = select.select([self._console, self._monitor], [], [], min(left, _TURN_S))
+            if self._place.leaving:
+                raise InfrastructureError("the machine was told to end")
             if self._monitor in ready:
                 data = self._monitor.recv(_READ)
                 monitor += data

@@ -64,8 +64,9 @@ _KINDS: Final[dict[str, Any]] = {
 
 @frozen
 class Step:
-    """One event, and how many operations had arrived before it."""
+    """One event: its place in the journal's order, and how many operations had arrived before."""
 
+    sequence: int
     after_operation: int
     event: Promise
 
@@ -80,34 +81,46 @@ class Timeline:
 
     steps: tuple[Step, ...]
 
-    def phase_at(self, operation: int) -> int:
-        """The phase of a cut that follows `operation`."""
-        return bisect_right([step.after_operation for step in self.steps], operation)
+    def phase_at(self, sequence: int) -> int:
+        """The phase of a power failure right after record `sequence` of the journal."""
+        return bisect_right([step.sequence for step in self.steps], sequence)
+
+    def phases_within(self, first_sequence: int, last_sequence: int) -> range:
+        """The phases of failures after records first <= s < last."""
+        first = self.phase_at(first_sequence)
+        return range(first, max(first, self.phase_at(last_sequence - 1)) + 1)
 
     def events(self, phase: int) -> tuple[Event, ...]:
-        """What had happened, for the invariants; an installation's end until the restart."""
+        """What had happened, for the invariants.
+
+        What an installation's end promised is owed until the restart. What obliges is dated when
+        it was heard, which is late, so nothing is owed too early. Reaching the commit permits
+        something, so it is dated early: at the start of the boot in which it was heard.
+        """
         found: list[Event] = []
-        for step in self.steps[:phase]:
+        for at, step in enumerate(self.steps[:phase]):
             if isinstance(step.event, Restarted):
                 found = [event for event in found if not isinstance(event, InstallEnded)]
+                found.extend(self._commits_of_boot(at + 1))
             elif not isinstance(step.event, FileSynced):
                 found.append(step.event)
         return tuple(found)
+
+    def _commits_of_boot(self, first: int) -> list[CommitReached]:
+        """The commits reached from step `first` on, up to the next restart or installation."""
+        commits = []
+        for step in self.steps[first:]:
+            if isinstance(step.event, Restarted | InstallStarted):
+                break
+            if isinstance(step.event, CommitReached):
+                commits.append(step.event)
+        return commits
 
     def synced(self, phase: int) -> tuple[FileSynced, ...]:
         """The files that must be intact."""
         return tuple(
             step.event for step in self.steps[:phase] if isinstance(step.event, FileSynced)
         )
-
-    def phases(self) -> tuple[tuple[int, int], ...]:
-        """Of each phase, the (first, last) operation of its cuts; the last phase has no end (-1).
-
-        A phase without an operation of its own is (n, n - 1).
-        """
-        starts = [0, *(step.after_operation for step in self.steps)]
-        ends = [*(start - 1 for start in starts[1:]), -1]
-        return tuple(zip(starts, ends, strict=True))
 
     def describe(self, phase: int) -> str:
         """The newest promise of a phase, for people."""
@@ -154,6 +167,8 @@ def from_mark(text: str) -> Promise:
 def read_timeline(marks: Iterable[Mark]) -> Timeline:
     """The timeline of a journal's marks; raises ValueError for an event that is not known."""
     steps: Sequence[Step] = [
-        Step(mark.after_operation, from_mark(mark.text)) for mark in marks if mark.source == SOURCE
+        Step(mark.sequence, mark.after_operation, from_mark(mark.text))
+        for mark in marks
+        if mark.source == SOURCE
     ]
     return Timeline(tuple(steps))

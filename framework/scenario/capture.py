@@ -15,15 +15,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
+
 from framework.console import Line
-from framework.disk import DiskError
+from framework.disk import DiskError, JournalReader
+from framework.explore.describe import layout_to_values
 from framework.explore.recording import write_recording
 from framework.explore.timeline import SOURCE, FileSynced, Promise, Restarted, to_mark
 from framework.network import FaultProxy, ProxyEvent
 from framework.scenario.bench import Bench, open_bench_on
 from framework.scenario.device import CANARY_PATH, Device, Update
+from framework.scenario.layouts import SLOT_REGION, layout_of
 from framework.targets.errors import InfrastructureError
-from framework.targets.qemu import RecordedQEMUDriver
+from framework.targets.qemu import QmpEvent, RecordedQEMUDriver
 from framework.targets.strategy import READY
 from framework.verdict import BootSeen, CommitReached, Committed, InstallStarted
 
@@ -63,7 +67,7 @@ def record_on(
     with (
         contextlib.closing(device),
         FaultProxy((bench.server.host, bench.server.port), on_event=heard) as proxy,
-        _promises(device, variant),
+        _promises(device, machine),
     ):
         update = bench.update(variant, proxy.port)
         _run(device, update)
@@ -86,7 +90,6 @@ def _run(device: Device, update: Update) -> None:
     _promise(device, InstallStarted(update.name))
     ended = device.install(update)
     _promise(device, ended)
-    _promise(device, Restarted())
     boot_after = device.reboot()
     if boot_after is None or not boot_after.ready:
         raise InfrastructureError(
@@ -102,8 +105,8 @@ def _promise(device: Device, event: Promise) -> None:
 
 
 @contextlib.contextmanager
-def _promises(device: Device, variant: str) -> Iterator[None]:
-    """Put what the console promises into the journal, on the console's own thread."""
+def _promises(device: Device, machine: RecordedQEMUDriver) -> Iterator[None]:
+    """Put what console and monitor tell into the journal, on the threads that hear it."""
     signs = device.uut.signs
     on_trial: list[str] = []
 
@@ -126,29 +129,38 @@ def _promises(device: Device, variant: str) -> Iterator[None]:
             with contextlib.suppress(DiskError):  # `check` tells it where someone can act
                 _promise(device, event)
 
-    forget = device.machine.pump.add_listener(heard)
-    try:
+    def happened(event: QmpEvent) -> None:
+        if event.name == "RESET":
+            with contextlib.suppress(DiskError):
+                _promise(device, Restarted())
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(device.machine.pump.add_listener(heard))
+        stack.callback(machine.add_event_listener(happened))
         yield
-    finally:
-        forget()
 
 
 def _facts(
     bench: Bench, device: Device, base: str, variant: str, accelerator: str
 ) -> dict[str, Any]:
     """Everything that explains the journal: RECORDING.md says what each is."""
-    manifest = bench.images.manifest
+    sizes = {
+        d.name: d.size_bytes
+        for d in JournalReader(device.machine.recorder.journal_path).header.devices
+    }
+    seed = device.manifest.firmware.get("seed")
     return {
         "rig": bench.images.target,
         "base": base,
         "update": variant,
         "outcome": "; ".join(device.did),
         "updater": device.uut.name,
-        "manifest": {
-            key: manifest[key]
-            for key in ("target", "arch", "bootloader", "layout", "slots", "variants", "disks")
-        },
-        "firmware": {role: path.name for role, path in device.manifest.firmware.items()},
+        "bootloader": device.manifest.bootloader,
+        "initial": device.base.name,
+        "images": {name: asdict(image) for name, image in device.images.items()},
+        "layout": layout_to_values(layout_of(device.manifest, sizes, device.images.values())),
+        "slots": {slot: SLOT_REGION + slot for slot in device.manifest.slots},
+        "pflash": None if seed is None else str(seed),
         "base_hints": {name: str(path) for name, path in device.manifest.disks.items()},
         "accelerator": accelerator,
         "versions": {
