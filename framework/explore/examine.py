@@ -21,6 +21,8 @@ from typing import Final, Protocol, TypeVar
 from attrs import define, field, frozen
 
 from framework.disk import CacheModel
+from framework.explore.deep import DeepResult, cut_again
+from framework.explore.ears import Ears
 from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
 from framework.explore.judges.context import Context
@@ -30,10 +32,10 @@ from framework.explore.layout import Role
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
 from framework.targets.machine import Machine
-from framework.targets.uut import BootSigns
 from framework.verdict import Event, Verdict
 
 WORKERS: Final = 2
+DEPTH_TWO: Final = "depth two"
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,6 +100,7 @@ class Examination:
     disagreements: list[Booted] = field(factory=list)
     boots: list[Booted] = field(factory=list)
     counts: list[JudgeCount] = field(factory=list)
+    deep: list[DeepResult] = field(factory=list)
     verdicts: dict[tuple[str, int], Verdict] = field(factory=dict)
     """By class key and phase."""
 
@@ -146,14 +149,14 @@ class Examiner:
     Attributes:
         context: what is known of it.
         machine: the machine to boot on; None: nothing is booted.
-        signs: what its console says.
+        ears: what its console says.
         progress: told what is done.
         seed: of the samples.
     """
 
     context: Context
     machine: Machine | None
-    signs: BootSigns
+    ears: Ears
     progress: Progress = field(factory=Silence)
     seed: int = 0
     workers: int = WORKERS
@@ -187,12 +190,15 @@ class Examiner:
             work.check_data()
         work.judge_statically()
         if machine is not None and "uboot" in wanted:
-            decider = BootloaderJudge(context, work.oracle, machine, self.signs)
+            decider = BootloaderJudge(context, work.oracle, machine, self.ears.boot)
             work.boot(decider, _by_decision(exploration.classes), bounds.decisions, bounds.controls)
         if machine is not None and "coldboot" in wanted:
-            booter = ColdBootJudge(context, work.oracle, machine, self.signs)
+            booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
             groups = [[c] for c in _spread(exploration.classes)]
             work.boot(booter, groups, bounds.cold_boots, bounds.controls)
+        if machine is not None and bounds.deep:
+            booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
+            work.cut_again(booter, _spread(exploration.classes)[: bounds.deep])
         return work.found
 
 
@@ -338,6 +344,37 @@ class _Work:
                 unit="representatives and control samples",
                 controls=len(controls),
                 violations=len(self.found.violations) - before,
+                disagreements=differing,
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def cut_again(self, judge: ColdBootJudge, classes: Sequence[CrashClass]) -> None:
+        """Depth two of these classes."""
+        began = time.monotonic()
+        differing = 0
+        with Workplace() as place:
+            results = _each(
+                lambda c: cut_again(
+                    judge, self.examiner.ears, c, [phase for _, phase in self._phases(c)], place
+                ),
+                classes,
+                self.examiner.workers,
+                place.stop,
+            )
+            for done, result in enumerate(results, 1):
+                self.found.deep.append(result)
+                if result.booted.disagreement:
+                    differing += 1
+                    self.found.disagreements.append(result.booted)
+                self.examiner.progress.judging(DEPTH_TWO, done, len(classes))
+        self.found.counts.append(
+            JudgeCount(
+                judge=DEPTH_TWO,
+                looked_at=len(classes),
+                of=len(self.found.exploration.classes),
+                unit="classes' recoveries, all their cuts",
+                violations=sum(len(result.violations) for result in self.found.deep),
                 disagreements=differing,
                 seconds=time.monotonic() - began,
             )

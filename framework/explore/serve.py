@@ -144,11 +144,13 @@ class StateMachine:
         timeout_s: float,
         *,
         stop_on: Callable[[re.Match[str]], bool] = lambda match: True,
+        on_reset: Callable[[], None] = lambda: None,
         max_starts: int = 4,
     ) -> Heard:
         """Power on, and read the console until a match on which to stop, or the time is over.
 
-        The power is then cut; the disks keep what they hold. Raises InfrastructureError if QEMU
+        `on_reset` is called at each reset of the guest, before it starts again. At the end the
+        power is cut; the disks keep what they hold. Raises InfrastructureError if QEMU
         does not run.
         """
         began = time.monotonic()
@@ -159,6 +161,8 @@ class StateMachine:
         before = self.recorder.operations
         ended = "reset"
         while ended == "reset":
+            if starts:
+                on_reset()
             if starts == max_starts:
                 ended = "looped"
                 break
@@ -175,7 +179,7 @@ class StateMachine:
                     if len(text) < _CONSOLE_LIMIT:
                         text += chunk
                     for match in _complete(text, until, matches):
-                        self.recorder.mark("console", match.group(0))
+                        self.recorder.mark("console", match.group(0).strip())
                         matches.append(match)
                         if stop_on(match):
                             ended = "matched"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from attrs import asdict
 from framework.console import Line
 from framework.disk import DiskError, JournalReader
 from framework.explore.describe import layout_to_values
+from framework.explore.ears import Ears
 from framework.explore.recording import write_recording
 from framework.explore.timeline import SOURCE, FileSynced, Promise, Restarted, to_mark
 from framework.network import FaultProxy, ProxyEvent
@@ -28,8 +29,7 @@ from framework.scenario.device import CANARY_PATH, Device, Update
 from framework.scenario.layouts import SLOT_REGION, layout_of
 from framework.targets.errors import InfrastructureError
 from framework.targets.qemu import QmpEvent, RecordedQEMUDriver
-from framework.targets.strategy import READY
-from framework.verdict import BootSeen, CommitReached, Committed, InstallStarted
+from framework.verdict import InstallStarted
 
 Say = Callable[[str], None]
 
@@ -67,14 +67,20 @@ def record_on(
     with (
         contextlib.closing(device),
         FaultProxy((bench.server.host, bench.server.port), on_event=heard) as proxy,
-        _promises(device, machine),
     ):
         update = bench.update(variant, proxy.port)
-        _run(device, update)
+        with _promises(device, machine, update.name):
+            _run(device, update)
         accelerator = machine.accelerator_used.name
     say("keeping the recording")
     recorder.close()
-    facts = _facts(bench, device, base, variant, accelerator)
+    names = {
+        "base": base,
+        "update": variant,
+        "artifact": update.name,
+        "accelerator": accelerator,
+    }
+    facts = _facts(bench, device, names)
     return write_recording(recorder.journal_path, destination, facts)
 
 
@@ -105,27 +111,13 @@ def _promise(device: Device, event: Promise) -> None:
 
 
 @contextlib.contextmanager
-def _promises(device: Device, machine: RecordedQEMUDriver) -> Iterator[None]:
+def _promises(device: Device, machine: RecordedQEMUDriver, artifact: str) -> Iterator[None]:
     """Put what console and monitor tell into the journal, on the threads that hear it."""
-    signs = device.uut.signs
-    on_trial: list[str] = []
+    uut = device.uut
+    ears = Ears(uut.boot_signs, uut.signs, uut.commit_state, artifact)
 
     def heard(line: Line) -> None:
-        if line.direction != "RX":
-            return
-        event: Promise | None = None
-        text = line.text + "\n"
-        if match := signs.state.search(line.text):
-            if match["name"] == device.uut.commit_state and on_trial:
-                event = CommitReached(on_trial[-1])
-        elif match := signs.installed.search(line.text):
-            on_trial.append(match["name"])
-        elif match := signs.committed.search(line.text):
-            event = Committed(match["name"], match["slot"])
-        elif ready := READY.compiled.search(text.encode()):
-            version, slot, boot_id = (group.decode() for group in ready.groups())
-            event = BootSeen(True, version, slot, boot_id)
-        if event is not None:
+        if line.direction == "RX" and (event := ears.event_in(line.text)) is not None:
             with contextlib.suppress(DiskError):  # `check` tells it where someone can act
                 _promise(device, event)
 
@@ -140,9 +132,7 @@ def _promises(device: Device, machine: RecordedQEMUDriver) -> Iterator[None]:
         yield
 
 
-def _facts(
-    bench: Bench, device: Device, base: str, variant: str, accelerator: str
-) -> dict[str, Any]:
+def _facts(bench: Bench, device: Device, names: Mapping[str, str]) -> dict[str, Any]:
     """Everything that explains the journal: RECORDING.md says what each is."""
     sizes = {
         d.name: d.size_bytes
@@ -150,9 +140,8 @@ def _facts(
     }
     seed = device.manifest.firmware.get("seed")
     return {
+        **names,
         "rig": bench.images.target,
-        "base": base,
-        "update": variant,
         "outcome": "; ".join(device.did),
         "updater": device.uut.name,
         "bootloader": device.manifest.bootloader,
@@ -162,7 +151,6 @@ def _facts(
         "slots": {slot: SLOT_REGION + slot for slot in device.manifest.slots},
         "pflash": None if seed is None else str(seed),
         "base_hints": {name: str(path) for name, path in device.manifest.disks.items()},
-        "accelerator": accelerator,
         "versions": {
             "brownout": metadata.version("brownout"),
             "python": platform.python_version(),

@@ -8,6 +8,8 @@ The bootloader's decision needs no network and no kernel; it says nothing of wha
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from attrs import frozen
@@ -98,26 +100,33 @@ class ColdBootJudge:
     def __init__(
         self, context: Context, oracle: StaticOracle, machine: Machine, signs: BootSigns
     ) -> None:
-        self._context = context
+        self.context = context
         self._oracle = oracle
-        self._machine = machine
+        self.machine = machine
         self._signs = signs
 
     def boot(self, crash_class: CrashClass, state: CrashState, place: Workplace) -> Booted:
         """Boot a state until it is ready. Raises InfrastructureError if QEMU fails."""
         with (
-            state.disks(self._context.journal) as disks,
-            StateMachine(self._machine, disks, place) as machine,
+            state.disks(self.context.journal) as disks,
+            StateMachine(self.machine, disks, place) as machine,
         ):
             return self.read(crash_class, state, self.start(machine))
 
-    def start(self, machine: StateMachine) -> Heard:
-        """Boot a machine that is prepared already."""
+    def start(
+        self,
+        machine: StateMachine,
+        patterns: Sequence[re.Pattern[str]] = (),
+        heard: Callable[[re.Match[str]], bool] | None = None,
+        reset: Callable[[], None] = lambda: None,
+    ) -> Heard:
+        """Boot a machine that is prepared; `heard` is told of further `patterns`' lines, too."""
         signs = self._signs
         return machine.run(
-            [signs.ready, signs.data_lost],
+            list(dict.fromkeys((signs.ready, signs.data_lost, *patterns))),
             BOOT_TIMEOUT_S,
-            stop_on=lambda match: match.re is signs.ready,
+            stop_on=heard or (lambda match: match.re is signs.ready),
+            on_reset=reset,
             max_starts=MAX_STARTS,
         )
 

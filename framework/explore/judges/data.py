@@ -34,12 +34,14 @@ class DataJudge:
 
     name = "data"
 
-    def __init__(self, context: Context) -> None:
+    def __init__(
+        self, context: Context, checked: dict[tuple[str, ...], DataContent] | None = None
+    ) -> None:
         self.context = context
         self._regions = [r for r in context.layout.all_regions() if r.role is Role.DATA]
         every = len(context.timeline.steps)
         self._paths = sorted({f.path for f in context.timeline.synced(every)})
-        self.checked: dict[tuple[str, ...], DataContent] = {}
+        self.checked: dict[tuple[str, ...], DataContent] = {} if checked is None else checked
 
     def key(self, crash_class: CrashClass) -> tuple[str, ...]:
         """The identity of a class's data partitions."""
