@@ -32,6 +32,7 @@ from framework.targets.rundir import RunDirectory, sweep
 _READ = 65536
 _CONSOLE_LIMIT = 1 << 20
 _TURN_S = 0.5
+_KEYS_S = 0.05
 _START = b'{"execute":"qmp_capabilities"}\n{"execute":"cont"}\n'
 
 
@@ -195,6 +196,16 @@ class StateMachine:
             self.recorder.operations - before,
         )
 
+    def converse(self, keys: Callable[[], bytes | None], show: Callable[[bytes], None]) -> None:
+        """Let a person talk to the machine until `keys` gives None or it switches itself off.
+
+        `keys` is asked often and must not block. Raises InfrastructureError if QEMU ends.
+        """
+        ended: str | None = "reset"
+        while ended == "reset":
+            with _Qemu(self._machine, self.recorder, self._place, self._directory) as qemu:
+                ended = qemu.converse(keys, show)
+
 
 def _complete(
     text: str, until: Sequence[re.Pattern[str]], known: Sequence[re.Match[str]]
@@ -216,6 +227,7 @@ class _Qemu:
         self._recorder = recorder
         self._place = place
         self._output = directory / "qemu-output"
+        self._rest = b""
 
     def __enter__(self) -> _Qemu:
         self._console, console = socket.socketpair()
@@ -257,17 +269,29 @@ class _Qemu:
         self._console.close()
         self._monitor.close()
 
-    def listen(self, deadline: float) -> Iterator[tuple[str, str | None]]:
+    def converse(self, keys: Callable[[], bytes | None], show: Callable[[bytes], None]) -> str:
+        """Pass keys and output; why it ended."""
+        while True:
+            for text, event in self.listen(time.monotonic() + _KEYS_S, _KEYS_S):
+                if event is not None:
+                    return event
+                show(text.encode())
+                if (typed := keys()) is None:
+                    return "left"
+                self._console.sendall(typed)
+            if (typed := keys()) is None:
+                return "left"
+            self._console.sendall(typed)
+
+    def listen(self, deadline: float, turn_s: float = _TURN_S) -> Iterator[tuple[str, str | None]]:
         """Yield (console text, None) as it comes, at last ("", event): reset or switched off."""
-        monitor = b""
         while (left := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([self._console, self._monitor], [], [], min(left, _TURN_S))
+            ready, _, _ = select.select([self._console, self._monitor], [], [], min(left, turn_s))
             if self._place.leaving:
                 raise InfrastructureError("the machine was told to end")
             if self._monitor in ready:
                 data = self._monitor.recv(_READ)
-                monitor += data
-                *lines, monitor = monitor.split(b"\n")
+                *lines, self._rest = (self._rest + data).split(b"\n")
                 event = _event(lines)
                 if event == "reset":
                     self._process.signal_kill()  # before the firmware can run again
