@@ -105,24 +105,25 @@ RIG = click.option(
 @click.option("--from", "base", default="v1", show_default=True, help="image in slot a")
 @click.option(
     "--to",
-    "variant",
-    default="v2",
+    "variants",
+    multiple=True,
+    default=("v2", "unhealthy"),
     show_default=True,
-    help="image in the update; `unhealthy` records a rollback",
+    help="image in an update; repeatable, one after the other; `unhealthy` is rolled back",
 )
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=None,
-    help="the recording's file  [default: build/explore/RIG-FROM-TO.recording]",
+    help="the recording's file  [default: build/explore/RIG-FROM-TO….recording]",
 )
-def record(rig: Path, base: str, variant: str, output: Path | None) -> None:
-    """Record one update, up to its commit or rollback, to cut it anywhere later.
+def record(rig: Path, base: str, variants: tuple[str, ...], output: Path | None) -> None:
+    """Record updates, each up to its commit or rollback, to cut them anywhere later.
 
     Example: brownout record --rig rigs/qemu-arm64.yaml --to v2
     """
-    path = output or Path("build/explore") / f"{rig.stem}-{base}-{variant}{SUFFIX}"
-    run_record(rig, base, variant, path, Console())
+    path = output or Path("build/explore") / f"{'-'.join((rig.stem, base, *variants))}{SUFFIX}"
+    run_record(rig, base, variants, path, Console())
 
 
 @cli.command()

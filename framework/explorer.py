@@ -28,12 +28,12 @@ from framework.explore.bundle import open_state, read_bundle, write_bundle
 from framework.explore.deep import DeepViolation
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
-from framework.explore.judges.context import Context
+from framework.explore.judges.context import Context, ContextError
 from framework.explore.plain import explore_plainly
 from framework.explore.recording import Recording
 from framework.explore.serve import StateMachine, Workplace
 from framework.explore.states import Coverage
-from framework.scenario.capture import record_update
+from framework.scenario.capture import record_updates
 from framework.targets.errors import RigError
 from framework.targets.machine import Machine
 from framework.targets.qemu import RecordedQEMUDriver
@@ -64,18 +64,20 @@ class Wish:
     plain: bool = False
 
 
-def run_record(rig: Path, base: str, variant: str, output: Path, console: Console) -> Path:
-    """Record one update; the rig's name and the variant name the file unless `output` does.
+def run_record(
+    rig: Path, base: str, variants: Sequence[str], output: Path, console: Console
+) -> Path:
+    """Record updates, one after the other.
 
     Raises BenchError, RigError, InfrastructureError or DiskError.
     """
     began = time.monotonic()
     with _spinner(console) as progress:
-        task = progress.add_task(f"{rig.stem}: {base} to {variant}")
-        path = record_update(
+        task = progress.add_task(f"{rig.stem}: {base} to {', '.join(variants)}")
+        path = record_updates(
             rig,
             base,
-            variant,
+            variants,
             output,
             lambda text: progress.update(task, description=f"{rig.stem}: {text}"),
         )
@@ -137,9 +139,11 @@ def machine_of(facts: Mapping[str, Any], rig: Path | None) -> Machine:
 
 
 def ears_of(facts: Mapping[str, Any]) -> Ears:
-    """What the console of a recording's machine says."""
+    """What the console of a recording's machine says; ContextError for an unknown updater."""
     uut = BrownoutUpdater
-    return Ears(uut.boot_signs, uut.signs, uut.commit_state, str(facts.get("artifact", "")))
+    if facts.get("updater") != uut.name:
+        raise ContextError(f"no updater {facts.get('updater')!r} is known here")
+    return Ears(uut.boot_signs, uut.signs, uut.commit_state, artifact="")
 
 
 @define

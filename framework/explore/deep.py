@@ -78,6 +78,8 @@ def cut_again(
     """
     context = judge.context
     first = crash_class.representative
+    trial = judge.oracle.on_trial(crash_class)
+    ears = evolve(ears, artifact=trial or context.initial)
     with (
         first.disks(context.journal) as disks,
         StateMachine(judge.machine, disks, place) as running,

@@ -1,4 +1,4 @@
-"""Runs one update on an emulated rig, without a fault, and keeps a recording of it.
+"""Runs updates on an emulated rig, without a fault, and keeps a recording of them.
 
 The same façade as the scenarios' (`Device`): boot, leave a synced file, install, restart, let the
 device commit or roll back by itself. What the run promises on the way goes into the journal as
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,25 +34,34 @@ from framework.verdict import InstallStarted
 Say = Callable[[str], None]
 
 
-def record_update(
-    rig: Path, base: str, variant: str, destination: Path, say: Say = lambda text: None
+def record_updates(
+    rig: Path,
+    base: str,
+    variants: Sequence[str],
+    destination: Path,
+    say: Say = lambda text: None,
 ) -> Path:
-    """Install `variant` over `base` on `rig`, up to its commit or rollback; keep the recording.
+    """Install `variants` one after the other over `base` on `rig`; keep the recording.
 
     Raises:
         BenchError, RigError: the rig or its images can't be used.
         InfrastructureError: the run did not get as far as it should have.
         DiskError: the recording can't be written.
     """
-    bench = open_bench_on(rig, [base, variant])
+    say("images")
+    bench = open_bench_on(rig, [base, *variants])
     with contextlib.closing(bench):
-        return record_on(bench, base, variant, destination, say)
+        return record_on(bench, base, variants, destination, say)
 
 
 def record_on(
-    bench: Bench, base: str, variant: str, destination: Path, say: Say = lambda text: None
+    bench: Bench,
+    base: str,
+    variants: Sequence[str],
+    destination: Path,
+    say: Say = lambda text: None,
 ) -> Path:
-    """As `record_update`, on a bench that is open."""
+    """As `record_updates`, on a bench that is open."""
     say("starting")
     device = bench.device(base, say=say, step=contextlib.nullcontext)
     machine = device.machine
@@ -68,42 +77,42 @@ def record_on(
         contextlib.closing(device),
         FaultProxy((bench.server.host, bench.server.port), on_event=heard) as proxy,
     ):
-        update = bench.update(variant, proxy.port)
-        with _promises(device, machine, update.name):
-            _run(device, update)
+        updates = [bench.update(variant, proxy.port) for variant in variants]
+        _start(device)
+        for update in updates:
+            with _promises(device, machine, update.name):
+                _update(device, update)
+        recorder.mark("scenario", f"ended: {'; '.join(device.did)}")
         accelerator = machine.accelerator_used.name
     say("keeping the recording")
     recorder.close()
-    names = {
-        "base": base,
-        "update": variant,
-        "artifact": update.name,
-        "accelerator": accelerator,
-    }
-    facts = _facts(bench, device, names)
+    facts = _facts(bench, device, accelerator)
+    facts |= {"base": base, "updates": list(variants), "artifacts": [u.name for u in updates]}
     return write_recording(recorder.journal_path, destination, facts)
 
 
-def _run(device: Device, update: Update) -> None:
-    """The update from power-on to its end."""
+def _start(device: Device) -> None:
+    """Power on; leave a synced file."""
     boot = device.boot()
     if not boot.ready:
         raise InfrastructureError("the device did not become ready", evidence=boot.evidence)
-    recorder = device.machine.recorder
     assert device.canary_sha256 is not None
+    _promise(device, boot)
     _promise(device, FileSynced(CANARY_PATH, device.canary_sha256))
-    recorder.mark("scenario", f"installing {update.name}")
+
+
+def _update(device: Device, update: Update) -> None:
+    """One update, from the command to the next system that is ready."""
+    device.machine.recorder.mark("scenario", f"installing {update.name}")
     _promise(device, InstallStarted(update.name))
-    ended = device.install(update)
-    _promise(device, ended)
-    boot_after = device.reboot()
-    if boot_after is None or not boot_after.ready:
+    _promise(device, device.install(update))
+    boot = device.reboot()
+    if boot is None or not boot.ready:
         raise InfrastructureError(
             "the device did not come back after its update",
-            evidence="" if boot_after is None else boot_after.evidence,
+            evidence="" if boot is None else boot.evidence,
         )
     device.read_status()
-    recorder.mark("scenario", f"ended: {'; '.join(device.did)}")
 
 
 def _promise(device: Device, event: Promise) -> None:
@@ -132,7 +141,7 @@ def _promises(device: Device, machine: RecordedQEMUDriver, artifact: str) -> Ite
         yield
 
 
-def _facts(bench: Bench, device: Device, names: Mapping[str, str]) -> dict[str, Any]:
+def _facts(bench: Bench, device: Device, accelerator: str) -> dict[str, Any]:
     """Everything that explains the journal: RECORDING.md says what each is."""
     sizes = {
         d.name: d.size_bytes
@@ -140,7 +149,7 @@ def _facts(bench: Bench, device: Device, names: Mapping[str, str]) -> dict[str, 
     }
     seed = device.manifest.firmware.get("seed")
     return {
-        **names,
+        "accelerator": accelerator,
         "rig": bench.images.target,
         "outcome": "; ".join(device.did),
         "updater": device.uut.name,

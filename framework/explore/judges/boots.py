@@ -58,7 +58,7 @@ class BootloaderJudge:
         self, context: Context, oracle: StaticOracle, machine: Machine, signs: BootSigns
     ) -> None:
         self._context = context
-        self._oracle = oracle
+        self.oracle = oracle
         self._machine = replace(machine, network=None)
         self._signs = signs
 
@@ -70,7 +70,7 @@ class BootloaderJudge:
             StateMachine(self._machine, disks, place) as machine,
         ):
             heard = machine.run([signs.booting, signs.nothing], DECISION_TIMEOUT_S, max_starts=1)
-        wanted = self._oracle.expect(crash_class)
+        wanted = self.oracle.expect(crash_class)
         did, disagreement = _compare_decision(heard, wanted, signs)
         return Booted(crash_class, state, None, disagreement, did, heard.seconds, heard.operations)
 
@@ -101,7 +101,7 @@ class ColdBootJudge:
         self, context: Context, oracle: StaticOracle, machine: Machine, signs: BootSigns
     ) -> None:
         self.context = context
-        self._oracle = oracle
+        self.oracle = oracle
         self.machine = machine
         self._signs = signs
 
@@ -133,7 +133,7 @@ class ColdBootJudge:
     def read(self, crash_class: CrashClass, state: CrashState, heard: Heard) -> Booted:
         """What a start came to, compared with what was expected."""
         signs = self._signs
-        wanted = self._oracle.expect(crash_class)
+        wanted = self.oracle.expect(crash_class)
         lost = any(match.re is signs.data_lost for match in heard.matches)
         if heard.ended != "matched":
             evidence = f"{heard.ended} after {heard.starts} starts: {heard.tail[-200:]!r}"

@@ -90,6 +90,14 @@ class StaticOracle:
                 version = slots[slot].image
         return Expectation(decision, certain, slot, version)
 
+    def on_trial(self, crash_class: CrashClass) -> str | None:
+        """The artifact that the next power-on tries, if it is a trial."""
+        slots = self.slots(crash_class)
+        decision = next_boot(self.environment(crash_class), slots)
+        if decision.slot is None or not decision.on_trial:
+            return None
+        return slots[decision.slot].image
+
     def judge(self, crash_class: CrashClass, phase: int, *further: Event) -> Verdict:
         """The verdict on a class in a phase; `further` is what a dearer judge saw."""
         context = self.context
