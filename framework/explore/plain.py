@@ -88,6 +88,11 @@ def explore_plainly(
     )
 
 
+def class_of(disks: Disks, layout: Layout, state: CrashState, journal: JournalReader) -> CrashClass:
+    """The class of one state that is made already, with no other member."""
+    return _class(journal, _Eyes(layout).facts(disks), [(state, state.operation)])
+
+
 def _decisions(cycle: PowerCycle, exhaustive_up_to: int) -> Iterator[Decision]:
     rows = (cycle.open_rows() + cycle.operations.first).tolist()
     count = len(rows)
