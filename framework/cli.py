@@ -155,6 +155,13 @@ def record(rig: Path, base: str, variants: tuple[str, ...], output: Path | None)
     show_default=True,
     help="repeatable; uboot and coldboot run machines",
 )
+@click.option(
+    "--data-checks",
+    type=click.IntRange(0),
+    default=2000,
+    show_default=True,
+    help="most distinct data partitions that are checked",
+)
 @click.option("--decisions", type=click.IntRange(0), default=200, show_default=True)
 @click.option("--cold-boots", type=click.IntRange(0), default=20, show_default=True)
 @click.option(
@@ -186,6 +193,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
     samples: int,
     seed: int,
     judges: tuple[str, ...],
+    data_checks: int,
     decisions: int,
     cold_boots: int,
     deep: int,
@@ -209,7 +217,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
         samples,
         seed,
         judges,
-        Bounds(decisions, cold_boots, deep=deep),
+        Bounds(data_checks, decisions, cold_boots, deep=deep),
         plain,
     )
     code = run_explore(

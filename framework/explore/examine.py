@@ -110,12 +110,14 @@ class Bounds:
     """How much is sent to the judges that boot.
 
     Attributes:
+        data: most data partitions.
         decisions: most bootloader decisions.
         cold_boots: most cold boots.
         controls: share of each that are control samples inside classes, 0 to 1.
         deep: most classes whose recovery is cut again.
     """
 
+    data: int = 2000
     decisions: int = 200
     cold_boots: int = 20
     controls: float = 0.25
@@ -187,7 +189,7 @@ class Examiner:
         context, machine = self.context, self.machine
         work = _Work(self, Examination(exploration), StaticOracle(context), DataJudge(context))
         if "data" in wanted:
-            work.check_data()
+            work.check_data(bounds.data)
         work.judge_statically()
         if machine is not None and "uboot" in wanted:
             decider = BootloaderJudge(context, work.oracle, machine, self.ears.boot)
@@ -213,13 +215,18 @@ class _Work:
 
     # -- the cheap judges --------------------------------------------------------------------
 
-    def check_data(self) -> None:
-        """Every distinct data partition."""
+    def check_data(self, limit: int) -> None:
+        """Every distinct data partition; of too many, the whole ones first, then at random."""
         began = time.monotonic()
         judge = self.data
         distinct = {judge.key(c): c for c in self.found.exploration.classes}
-        for done, _ in enumerate(_each(judge.check, distinct.values(), self.examiner.workers), 1):
-            self.examiner.progress.judging(judge.name, done, len(distinct))
+        chosen = list(distinct.values())
+        if len(chosen) > limit:
+            random.Random(self.examiner.seed).shuffle(chosen)  # noqa: S311 - no secret
+            chosen.sort(key=_damaged_data)
+        chosen = chosen[:limit]
+        for done, _ in enumerate(_each(judge.check, chosen, self.examiner.workers), 1):
+            self.examiner.progress.judging(judge.name, done, len(chosen))
         self.found.counts.append(
             JudgeCount(
                 judge=judge.name,
@@ -379,6 +386,10 @@ class _Work:
                 seconds=time.monotonic() - began,
             )
         )
+
+
+def _damaged_data(crash_class: CrashClass) -> bool:
+    return any(f.damaged for f in crash_class.facts if f.role is Role.DATA)
 
 
 def _by_decision(classes: Sequence[CrashClass]) -> list[list[CrashClass]]:
