@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from framework.demo import DemoError, run_demo
-from framework.disk import DiskError
+from framework.disk import MODELS, DiskError
 from framework.explore.examine import Bounds
 from framework.explore.recording import SUFFIX
 from framework.explorer import (
@@ -78,6 +78,19 @@ def _bases(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dic
     return bases
 
 
+def _accepted(
+    _: click.Context, __: click.Parameter, given: tuple[str, ...]
+) -> frozenset[tuple[str, int]]:
+    """`torn:5` as (model, invariant)."""
+    found = set()
+    for text in given:
+        model, _colon, number = text.partition(":")
+        if model not in MODELS or number not in tuple("12345678"):
+            raise click.BadParameter(f"{text!r} is not like torn:5")
+        found.add((model, int(number)))
+    return frozenset(found)
+
+
 BASE = click.option(
     "--base",
     "bases",
@@ -117,17 +130,32 @@ RIG = click.option(
     default=None,
     help="the recording's file  [default: build/explore/RIG-FROM-TO….recording]",
 )
-def record(rig: Path, base: str, variants: tuple[str, ...], output: Path | None) -> None:
+@click.option(
+    "--flip-bit",
+    type=click.FloatRange(0, 100),
+    default=None,
+    metavar="PERCENT",
+    help="have the disk store one bit wrong, that far into the first update's image",
+)
+def record(
+    rig: Path,
+    base: str,
+    variants: tuple[str, ...],
+    output: Path | None,
+    flip_bit: float | None,
+) -> None:
     """Record updates, each up to its commit or rollback, to cut them anywhere later.
 
     Example: brownout record --rig rigs/qemu-arm64.yaml --to v2
     """
     path = output or Path("build/explore") / f"{'-'.join((rig.stem, base, *variants))}{SUFFIX}"
-    run_record(rig, base, variants, path, Console())
+    run_record(rig, base, variants, path, Console(), flip_percent=flip_bit)
 
 
 @cli.command()
-@click.argument("recording", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument(
+    "recordings", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path)
+)
 @click.option(
     "--model",
     "models",
@@ -185,9 +213,23 @@ def record(rig: Path, base: str, variants: tuple[str, ...], output: Path | None)
 )
 @BASE
 @RIG
+@click.option(
+    "--accept",
+    "accepted",
+    multiple=True,
+    metavar="MODEL:INVARIANT",
+    callback=_accepted,
+    help="a finding that is known, such as torn:5: told, but no failure; repeatable",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="also write the offline HTML report to FILE",
+)
 @click.option("--json", "as_json", is_flag=True, help="the result as JSON on standard output")
 def explore(  # noqa: PLR0917 - one parameter an option
-    recording: Path,
+    recordings: tuple[Path, ...],
     models: tuple[str, ...],
     exhaustive_up_to: int,
     samples: int,
@@ -201,9 +243,11 @@ def explore(  # noqa: PLR0917 - one parameter an option
     plain: bool,
     bases: dict[str, Path],
     rig: Path | None,
+    accepted: frozenset[tuple[str, int]],
+    report: Path | None,
     as_json: bool,
 ) -> None:
-    """Cut a recording everywhere, judge every crash state, leave a bundle for each violation.
+    """Cut recordings everywhere, judge every crash state, leave a bundle for each violation.
 
     Exit codes: 0 nothing broke, 1 an invariant broke on a device that keeps its promises, 2 the
     recording or rig can't be used, 3 the oracle and a boot disagree (then no verdict counts),
@@ -219,14 +263,16 @@ def explore(  # noqa: PLR0917 - one parameter an option
         judges,
         Bounds(data_checks, decisions, cold_boots, deep=deep),
         plain,
+        accepted,
     )
     code = run_explore(
-        recording,
+        recordings,
         wish,
-        output or recording.parent / f"{recording.stem}-bundles",
-        Console(stderr=False) if not as_json else Console(),
+        output,
+        Console(),
         bases=bases,
         rig=rig,
+        report=report,
         as_json=as_json,
     )
     if code:

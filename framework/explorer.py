@@ -7,6 +7,7 @@ progress on a terminal, the tables, the bundles of violations, and the exit code
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from framework.disk import MODELS, CacheModel, model_from
+from framework.disk import MODELS, CacheModel, JournalReader, Kind, model_from
 from framework.explore.bundle import open_state, read_bundle, write_bundle
 from framework.explore.deep import DeepViolation
 from framework.explore.ears import Ears
@@ -33,7 +34,17 @@ from framework.explore.plain import explore_plainly
 from framework.explore.recording import Recording
 from framework.explore.serve import StateMachine, Workplace
 from framework.explore.states import Coverage
+from framework.explore.timeline import SOURCE
+from framework.report import (
+    CutPoint,
+    ExplorationSection,
+    Moment,
+    OperationRecord,
+    RegionRecord,
+    write_exploration_report,
+)
 from framework.scenario.capture import record_updates
+from framework.scenario.record import KINDS, PICTURE_OPERATIONS
 from framework.targets.errors import RigError
 from framework.targets.machine import Machine
 from framework.targets.qemu import RecordedQEMUDriver
@@ -44,7 +55,7 @@ JUDGES: Final = ("static", "data", "uboot", "coldboot")
 DISHONEST: Final = ("lying",)
 """Models of devices that break their own promise: what they do is told, and held against nobody."""
 
-ALL: Final = ("kept", "prefix", "subset", "torn", "torn-page", "emmc", "lying")
+ALL: Final = ("kept", "prefix", "subset", "torn", "torn-page", "emmc", "discard", "lying")
 """What `--model all` means; `coverage_table` says which others there are."""
 
 EXIT_CLEAN: Final = 0
@@ -56,7 +67,10 @@ _ESCAPE: Final = b"\x1d"  # Ctrl-]
 
 @frozen
 class Wish:
-    """What to explore, and how much of it."""
+    """What to explore, and how much of it.
+
+    `accepted`: findings (model, invariant) that are known, and told apart.
+    """
 
     models: tuple[CacheModel, ...]
     exhaustive_up_to: int
@@ -65,6 +79,7 @@ class Wish:
     judges: tuple[str, ...]
     bounds: Bounds
     plain: bool = False
+    accepted: frozenset[tuple[str, int]] = frozenset()
 
 
 @frozen
@@ -76,7 +91,13 @@ class Run:
 
 
 def run_record(
-    rig: Path, base: str, variants: Sequence[str], output: Path, console: Console
+    rig: Path,
+    base: str,
+    variants: Sequence[str],
+    output: Path,
+    console: Console,
+    *,
+    flip_percent: float | None = None,
 ) -> Path:
     """Record updates, one after the other.
 
@@ -91,6 +112,7 @@ def run_record(
             variants,
             output,
             lambda text: progress.update(task, description=f"{rig.stem}: {text}"),
+            flip_percent=flip_percent,
         )
     with Recording(path) as recording:
         operations = len(recording.reader.operations)
@@ -182,51 +204,75 @@ class _Display:
 
 
 def run_explore(
-    path: Path,
+    paths: Sequence[Path],
     wish: Wish,
-    output: Path,
+    output: Path | None,
     console: Console,
     *,
     bases: Mapping[str, Path] | None = None,
     rig: Path | None = None,
+    report: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Explore a recording, judge, print, leave bundles; returns the exit code.
+    """Explore recordings, judge, print, leave bundles and a report; returns the exit code.
 
-    Raises DiskError for the recording, RigError and InfrastructureError for the rig.
+    Raises DiskError for a recording, RigError and InfrastructureError for the rig.
     """
-    began = time.monotonic()
-    with Recording(path, bases) as recording:
-        context = Context.of(recording.reader, recording.facts)
-        boots = {"uboot", "coldboot"} & set(wish.judges) or wish.bounds.deep
-        machine = machine_of(recording.facts, rig) if boots else None
-        judges = set(wish.judges)
-        if recording.facts.get("bootloader") != "uboot":
-            judges.discard("uboot")  # GRUB's decision is seen by a cold boot only
-        runs: list[Run] = []
-        with _spinner(console) as progress:
-            examiner = Examiner(
-                context, machine, ears_of(recording.facts), _Display(progress), wish.seed
-            )
-            for models in _by_honesty(wish.models):
-                if wish.plain:
-                    exploration = explore_plainly(
-                        context.journal, context.layout, exhaustive_up_to=wish.exhaustive_up_to
-                    )
-                else:
-                    exploration = examiner.explore(
-                        models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
-                    )
-                honest = models[0].name not in DISHONEST
-                bounds = wish.bounds if honest else evolve(wish.bounds, cold_boots=0, deep=0)
-                runs.append(Run(honest, examiner.examine(exploration, judges, bounds)))
-        bundles = _leave_bundles(recording, runs, output)
-        result = summary(path, recording, runs, bundles, time.monotonic() - began)
+    results = []
+    sections = []
+    for path in paths:
+        with Recording(path, bases) as recording:
+            folder = output or path.parent / f"{path.stem}-bundles"
+            runs, result = _explore_one(recording, wish, folder, console, rig)
+            sections.append(_section(recording, runs, result, wish))
+        results.append(result)
+        if not as_json:
+            _print(console, result, runs, wish)
+    codes = [int(result["exit_code"]) for result in results]
+    code = next((c for c in (EXIT_DISAGREEMENT, EXIT_VIOLATIONS) if c in codes), EXIT_CLEAN)
+    if report is not None:
+        write_exploration_report(sections, report, "Brownout: every cut of an update")
     if as_json:
-        console.print_json(json.dumps(result))
-    else:
-        _print(console, result, runs)
-    return int(result["exit_code"])
+        console.print_json(json.dumps({"recordings": results, "exit_code": code}))
+    elif report is not None:
+        console.print(f"report: {report}")
+    return code
+
+
+def _explore_one(
+    recording: Recording, wish: Wish, folder: Path, console: Console, rig: Path | None
+) -> tuple[list[Run], dict[str, Any]]:
+    """One recording: explored, judged, summed up, its bundles written."""
+    began = time.monotonic()
+    facts = recording.facts
+    context = Context.of(recording.reader, facts)
+    boots = {"uboot", "coldboot"} & set(wish.judges) or wish.bounds.deep
+    machine = machine_of(facts, rig) if boots else None
+    judges = set(wish.judges)
+    if facts.get("bootloader") != "uboot":
+        judges.discard("uboot")  # GRUB's decision is seen by a cold boot only
+    runs: list[Run] = []
+    with _spinner(console) as progress:
+        examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
+        for models in _by_honesty(wish.models):
+            if wish.plain:
+                exploration = explore_plainly(
+                    context.journal, context.layout, exhaustive_up_to=wish.exhaustive_up_to
+                )
+            else:
+                exploration = examiner.explore(
+                    models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
+                )
+            honest = models[0].name not in DISHONEST
+            bounds = wish.bounds if honest else evolve(wish.bounds, cold_boots=0, deep=0)
+            runs.append(Run(honest, examiner.examine(exploration, judges, bounds)))
+    bundles = _leave_bundles(recording, runs, folder)
+    return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
+
+
+def blamed(run: Run, violation: Violation, wish: Wish) -> bool:
+    """Whether a violation counts: the device was honest, and it is no accepted finding."""
+    return run.honest and (violation.state.model, violation.invariant) not in wish.accepted
 
 
 def _by_honesty(models: Sequence[CacheModel]) -> list[list[CacheModel]]:
@@ -294,26 +340,25 @@ def _why_deep(violation: DeepViolation) -> dict[str, Any]:
 
 
 def summary(
-    path: Path, recording: Recording, runs: Sequence[Run], bundles: list[str], seconds: float
+    recording: Recording, runs: Sequence[Run], bundles: list[str], wish: Wish, seconds: float
 ) -> dict[str, Any]:
     """Everything that a script may want of an exploration, as plain values."""
     violations: dict[tuple[int, bool], int] = {}
     for run in runs:
-        numbers = [violation.invariant for violation in run.found.violations]
-        numbers += [v.invariant for result in run.found.deep for v in result.violations]
-        for number in numbers:
-            key = (number, run.honest)
+        told = [(v.invariant, blamed(run, v, wish)) for v in run.found.violations]
+        told += [(v.invariant, True) for result in run.found.deep for v in result.violations]
+        for key in told:
             violations[key] = violations.get(key, 0) + 1
     disagreements = [b for run in runs for b in run.found.disagreements]
     counts = [run.found.exploration.counts for run in runs]
     outside = [run.found.exploration.outside for run in runs]
     code = EXIT_CLEAN
-    if any(is_honest for _, is_honest in violations):
+    if any(counts_against for _, counts_against in violations):
         code = EXIT_VIOLATIONS
     if disagreements:
         code = EXIT_DISAGREEMENT
     return {
-        "recording": str(path),
+        "recording": str(recording.path),
         "rig": recording.facts.get("rig"),
         "operations": len(recording.reader.operations),
         "points": sum(c.points for c in counts),
@@ -344,8 +389,8 @@ def summary(
             for c in run.found.counts
         ],
         "violations": [
-            {"invariant": invariant, "honest_device": is_honest, "count": count}
-            for (invariant, is_honest), count in sorted(violations.items())
+            {"invariant": invariant, "counts": counts_against, "count": count}
+            for (invariant, counts_against), count in sorted(violations.items())
         ],
         "disagreements": [b.disagreement for b in disagreements],
         "bundles": bundles,
@@ -368,7 +413,8 @@ def _row(row: Coverage) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run]) -> None:
+def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wish: Wish) -> None:
+    console.rule(str(result["recording"]))
     rows = [row for run in runs for row in run.found.exploration.coverage]
     console.print(coverage_table(rows))
     table = Table(title="Judges")
@@ -389,7 +435,7 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run]) -> 
         if line in shown or len(shown) >= MAX_BUNDLES:
             continue
         shown.add(line)
-        blame = "[red]VIOLATION" if run.honest else "[yellow]with a lying device: "
+        blame = "[red]VIOLATION" if blamed(run, violation, wish) else f"[yellow]{_excuse(run)}"
         console.print(
             f"{blame}({violation.invariant})[/] {violation.promised}: {violation.evidence} "
             f"({violation.state.model}, judge {violation.judge})"
@@ -398,7 +444,7 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run]) -> 
         console.print(f"[magenta]DISAGREEMENT[/] {text}")
     for bundle in result["bundles"]:
         console.print(f"bundle: {bundle}")
-    total = sum(row["count"] for row in result["violations"] if row["honest_device"])
+    total = sum(row["count"] for row in result["violations"] if row["counts"])
     console.print(
         f"{result['states']:,} distinct states visited"
         f" and {result['product_states']:,} more by product, {result['classes']:,} classes, "
@@ -407,31 +453,127 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run]) -> 
     )
 
 
+def _excuse(run: Run) -> str:
+    return "accepted finding " if run.honest else "with a lying device "
+
+
 def coverage_table(rows: Sequence[Coverage]) -> Table:
     """What was exhaustive, what sampled, what not modelled: one line a model and kind."""
     table = Table(title="Coverage")
     for name in ("Model", "How", "Epochs", "Most at stake", "Points", "Distinct states", "Note"):
         table.add_column(name, justify="left" if name in ("Model", "How", "Note") else "right")
+    for texts in coverage_texts(rows):
+        table.add_row(*texts)
+    return table
+
+
+def coverage_texts(rows: Sequence[Coverage]) -> list[tuple[str, ...]]:
+    """The coverage table's cells."""
     groups: dict[tuple[str, str], list[Coverage]] = {}
     for row in rows:
         groups.setdefault((row.model, row.how), []).append(row)
+    texts: list[tuple[str, ...]] = []
     for (model, how), members in groups.items():
-        notes = "; ".join(dict.fromkeys(row.note for row in members if row.note))
-        table.add_row(
-            model,
-            how,
-            f"{len(members):,}",
-            f"{max(row.open_operations for row in members):,}",
-            short(sum(row.points for row in members)),
-            short(sum(row.states for row in members)),
-            notes,
+        notes = sorted({row.note for row in members if row.note})
+        more = f"; and {len(notes) - 1} more notes" if len(notes) > 1 else ""
+        texts.append(
+            (
+                model,
+                how,
+                f"{len(members):,}",
+                f"{max(row.open_operations for row in members):,}",
+                short(sum(row.points for row in members)),
+                short(sum(row.states for row in members)),
+                (notes[0] if notes else "") + more,
+            )
         )
     seen = {row.model for row in rows}
     for name in MODELS:
         if name not in seen:
             note = "a corner of subset" if name == "reordered" else ""
-            table.add_row(name, "not modelled", "", "", "", "", note)
-    return table
+            texts.append((name, "not modelled", "", "", "", "", note))
+    return texts
+
+
+def _section(
+    recording: Recording, runs: Sequence[Run], result: Mapping[str, Any], wish: Wish
+) -> ExplorationSection:
+    """A recording's part of the report."""
+    journal = recording.reader
+    table = journal.operations
+    start = journal.header.created_monotonic_ns
+    last = int(table.arrived_ns[-1]) if len(table) else start
+    rows = [row for run in runs for row in run.found.exploration.coverage]
+    strong = {"power": "power", SOURCE: "event", "qmp": "boot"}
+    layout = Context.of(journal, recording.facts).layout
+    told: dict[tuple[str, ...], None] = {}
+    for run, violation in _violations(runs):
+        excuse = "" if blamed(run, violation, wish) else _excuse(run)
+        text = (violation.promised, violation.evidence, violation.state.model, violation.judge)
+        told[(str(violation.invariant), *text, excuse)] = None
+    thin = max(1, len(table) // PICTURE_OPERATIONS)
+    return ExplorationSection(
+        title=recording.path.stem,
+        outcome=str(recording.facts.get("outcome", "")),
+        result=result,
+        coverage=coverage_texts(rows),
+        violations=list(told)[:MAX_BUNDLES],
+        operations=tuple(
+            OperationRecord(
+                at_s=(int(table.arrived_ns[row]) - start) / 1e9,
+                number=int(table.number[row]),
+                kind=KINDS[Kind(int(table.kind[row]))],
+                device=journal.devices[int(table.device[row])],
+                offset=int(table.offset[row]),
+                length=int(table.length[row]),
+            )
+            for row in range(0, len(table), thin)
+        ),
+        operation_count=len(table),
+        moments=tuple(
+            Moment((mark.time_ns - start) / 1e9, strong[mark.source], mark.text)
+            for mark in journal.marks
+            if mark.source in strong
+        ),
+        regions=tuple(
+            RegionRecord(region.name, part.device, part.offset, part.length)
+            for region in layout.all_regions()
+            for part in region.ranges[:1]
+        ),
+        elapsed_s=(last - start) / 1e9,
+        cuts=_cut_points(journal, runs, wish),
+    )
+
+
+def _cut_points(journal: JournalReader, runs: Sequence[Run], wish: Wish) -> tuple[CutPoint, ...]:
+    """The worst verdict of each cut point."""
+    count = len(journal.operations)
+    classes = [0] * (count + 2)
+    worst: list[tuple[str, str]] = [("held", "")] * (count + 1)
+    for run in runs:
+        for crash_class in run.found.exploration.classes:
+            for span in crash_class.spans:
+                classes[span.first_operation] += 1
+                classes[min(span.last_operation, count) + 1] -= 1
+    for run, violation in reversed(_violations(runs)):
+        verdict = "broken" if blamed(run, violation, wish) else "accepted"
+        text = f"invariant {violation.invariant}, {violation.state.model}: {violation.evidence}"
+        for number in range(
+            violation.span.first_operation, min(violation.span.last_operation, count) + 1
+        ):
+            if verdict == "broken" or worst[number][0] == "held":
+                worst[number] = (verdict, text)
+    start = journal.header.created_monotonic_ns
+    times = [start, *journal.operations.arrived_ns.tolist()]
+    return tuple(
+        CutPoint(
+            (times[number] - start) / 1e9,
+            number,
+            worst[number][0],
+            worst[number][1] or f"{total:,} classes of crash states, all held",
+        )
+        for number, total in enumerate(itertools.accumulate(classes[: count + 1]))
+    )
 
 
 def short(count: int) -> str:

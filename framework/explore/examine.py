@@ -27,12 +27,13 @@ from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
-from framework.explore.judges.static import StaticOracle
+from framework.explore.judges.static import StaticOracle, with_finding
 from framework.explore.layout import Role
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
 from framework.targets.machine import Machine
-from framework.verdict import Event, Verdict
+from framework.verdict import Event, InstallEnded, Verdict
+from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 
 WORKERS: Final = 2
 DEPTH_TWO: Final = "depth two"
@@ -196,11 +197,11 @@ class Examiner:
             work.boot(decider, _by_decision(exploration.classes), bounds.decisions, bounds.controls)
         if machine is not None and "coldboot" in wanted:
             booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
-            groups = [[c] for c in _spread(exploration.classes)]
+            groups = [[c] for c in work.spread(exploration.classes)]
             work.boot(booter, groups, bounds.cold_boots, bounds.controls)
         if machine is not None and bounds.deep:
             booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
-            work.cut_again(booter, _spread(exploration.classes)[: bounds.deep])
+            work.cut_again(booter, work.spread(exploration.classes)[: bounds.deep])
         return work.found
 
 
@@ -279,6 +280,8 @@ class _Work:
         if booted is not None and booted.seen is not None:
             further.append(booted.seen)
         verdict = self.oracle.judge(crash_class, phase, *further)
+        if booted is not None and (broken := self._promise_broken(booted, phase)):
+            verdict = with_finding(verdict, 7, broken)
         known = self.found.verdicts.get((crash_class.key, phase))
         told = () if known is None else known.violated
         timeline = self.examiner.context.timeline
@@ -305,6 +308,36 @@ class _Work:
         self.found.violations.extend(fresh)
         if known is None or fresh:
             self.found.verdicts[crash_class.key, phase] = verdict
+
+    def spread(self, classes: Sequence[CrashClass]) -> list[CrashClass]:
+        """All classes, so ordered that a beginning of the list tells the most.
+
+        First one class for every bootloader decision in every phase, then the others at random.
+        """
+        first: list[CrashClass] = []
+        rest: list[CrashClass] = []
+        told: set[tuple[object, ...]] = set()
+        for crash_class in classes:
+            decision = _decision_key(crash_class)
+            pairs = {(decision, phase) for _, phase in self._phases(crash_class)}
+            (rest if pairs <= told else first).append(crash_class)
+            told |= pairs
+        random.Random(self.examiner.seed).shuffle(rest)  # noqa: S311 - no secret
+        return first + rest
+
+    def _promise_broken(self, booted: Booted, phase: int) -> str:
+        """How a start ended elsewhere than where an acknowledged installation had promised."""
+        context = self.examiner.context
+        ended = [e for e in context.timeline.events(phase) if isinstance(e, InstallEnded)]
+        if not ended or ended[-1].exit_code not in (EXIT_OK, EXIT_REBOOT_NEEDED):
+            return ""
+        image = context.images.get(ended[-1].artifact)
+        seen = booted.seen
+        if image is None or not image.healthy or seen is None or not seen.ready:
+            return ""
+        if seen.version == image.name:
+            return ""
+        return f"said that {image.name} is installed, and the next start ended in {seen.version}"
 
     # -- the judges that boot ----------------------------------------------------------------
 
@@ -396,16 +429,12 @@ def _by_decision(classes: Sequence[CrashClass]) -> list[list[CrashClass]]:
     """Classes grouped by all that a bootloader's decision depends on: all but the data."""
     groups: dict[tuple[object, ...], list[CrashClass]] = {}
     for crash_class in classes:
-        key = tuple(f for f in crash_class.facts if f.role is not Role.DATA)
-        groups.setdefault(key, []).append(crash_class)
+        groups.setdefault(_decision_key(crash_class), []).append(crash_class)
     return list(groups.values())
 
 
-def _spread(classes: Sequence[CrashClass]) -> list[CrashClass]:
-    """All classes, so ordered that any beginning of the list is as different as can be."""
-    groups = _by_decision(classes)
-    depth = max((len(group) for group in groups), default=0)
-    return [group[i] for i in range(depth) for group in groups if i < len(group)]
+def _decision_key(crash_class: CrashClass) -> tuple[object, ...]:
+    return tuple(f for f in crash_class.facts if f.role is not Role.DATA)
 
 
 def _each(

@@ -18,7 +18,7 @@ from typing import Any
 from attrs import asdict
 
 from framework.console import Line
-from framework.disk import DiskError, JournalReader
+from framework.disk import DiskError, Fault, Inject, JournalReader, Trigger
 from framework.explore.describe import layout_to_values
 from framework.explore.ears import Ears
 from framework.explore.recording import write_recording
@@ -40,8 +40,12 @@ def record_updates(
     variants: Sequence[str],
     destination: Path,
     say: Say = lambda text: None,
+    *,
+    flip_percent: float | None = None,
 ) -> Path:
     """Install `variants` one after the other over `base` on `rig`; keep the recording.
+
+    With `flip_percent` the disk stores one bit wrong, that far into the first update's image.
 
     Raises:
         BenchError, RigError: the rig or its images can't be used.
@@ -51,7 +55,7 @@ def record_updates(
     say("images")
     bench = open_bench_on(rig, [base, *variants])
     with contextlib.closing(bench):
-        return record_on(bench, base, variants, destination, say)
+        return record_on(bench, base, variants, destination, say, flip_percent=flip_percent)
 
 
 def record_on(
@@ -60,6 +64,8 @@ def record_on(
     variants: Sequence[str],
     destination: Path,
     say: Say = lambda text: None,
+    *,
+    flip_percent: float | None = None,
 ) -> Path:
     """As `record_updates`, on a bench that is open."""
     say("starting")
@@ -79,6 +85,8 @@ def record_on(
     ):
         updates = [bench.update(variant, proxy.port) for variant in variants]
         _start(device)
+        if flip_percent is not None:
+            _flip_a_bit(device, updates[0], flip_percent)
         for update in updates:
             with _promises(device, machine, update.name):
                 _update(device, update)
@@ -99,6 +107,15 @@ def _start(device: Device) -> None:
     assert device.canary_sha256 is not None
     _promise(device, boot)
     _promise(device, FileSynced(CANARY_PATH, device.canary_sha256))
+
+
+def _flip_a_bit(device: Device, update: Update, percent: float) -> None:
+    """Have the disk store one bit wrong in the slot that the update goes to."""
+    slot = device.manifest.slots["b"]
+    place = slot.offset + int(update.image.size_bytes * percent / 100)
+    device.machine.recorder.arm(
+        Trigger.block_range(slot.device, place, 1), Inject(Fault.bit_flip(slot.device, place))
+    )
 
 
 def _update(device: Device, update: Update) -> None:
