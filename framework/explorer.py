@@ -52,16 +52,22 @@ from framework.targets.rig import load_rig
 from framework.targets.uut import BrownoutUpdater
 
 JUDGES: Final = ("static", "data", "uboot", "coldboot")
-DISHONEST: Final = ("lying",)
-"""Models of devices that break their own promise: what they do is told, and held against nobody."""
+DISHONEST: Final = ("lying", "sd")
+"""Models of devices that have less on the medium than they say, whatever a system does: what they
+do is told, and held against nobody."""
 
 ALL: Final = ("kept", "prefix", "subset", "torn", "torn-page", "emmc", "discard", "lying")
 """What `--model all` means; `coverage_table` says which others there are."""
+
+ALL_ON_CARD: Final = ("kept", "sd")
+"""The same where an SD card takes part: it is sent no flush, so to all other models nothing on it
+would ever be durable."""
 
 EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
 EXIT_DISAGREEMENT: Final = 3
 MAX_BUNDLES: Final = 20
+ALL_MODELS: Final = "all"
 _ESCAPE: Final = b"\x1d"  # Ctrl-]
 
 
@@ -138,15 +144,16 @@ def _spinner(console: Console) -> Progress:
 
 
 def parse_models(texts: Sequence[str]) -> tuple[CacheModel, ...]:
-    """Models as on a command line: `torn`, `torn:granularity=4096`, `all`.
+    """Models as on a command line: `torn`, `torn:granularity=4096`.
+
+    `all` gives none here: which those are depends on the recording (`models_for`).
 
     Raises DiskError for one that there is not.
     """
     models: list[CacheModel] = []
     for text in texts:
         name, _, rest = text.partition(":")
-        if name == "all":
-            models += [model_from(known) for known in ALL]
+        if name == ALL_MODELS:
             continue
         parameters: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
@@ -157,6 +164,14 @@ def parse_models(texts: Sequence[str]) -> tuple[CacheModel, ...]:
                 parameters[key] = value
         models.append(model_from(name, parameters))
     return tuple(models)
+
+
+def models_for(wish: Wish, facts: Mapping[str, Any]) -> tuple[CacheModel, ...]:
+    """The models that were asked for; all that make sense of a recording if none were named."""
+    if wish.models:
+        return wish.models
+    names = ALL_ON_CARD if "sd" in facts.get("interfaces", {}).values() else ALL
+    return tuple(model_from(name) for name in names)
 
 
 def machine_of(facts: Mapping[str, Any], rig: Path | None) -> Machine:
@@ -254,7 +269,7 @@ def _explore_one(
     runs: list[Run] = []
     with _spinner(console) as progress:
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
-        for models in _by_honesty(wish.models):
+        for models in _by_honesty(models_for(wish, facts)):
             if wish.plain:
                 exploration = explore_plainly(
                     context.journal, context.layout, exhaustive_up_to=wish.exhaustive_up_to

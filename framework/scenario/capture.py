@@ -95,6 +95,7 @@ def record_on(
     say("keeping the recording")
     recorder.close()
     facts = _facts(bench, device, accelerator)
+    facts["interfaces"] = {disk.name: disk.interface for disk in machine.description().disks}
     facts |= {"base": base, "updates": list(variants), "artifacts": [u.name for u in updates]}
     return write_recording(recorder.journal_path, destination, facts)
 

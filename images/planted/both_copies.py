@@ -1,11 +1,12 @@
 """Planted bug: an updater that rewrites both copies of the boot environment before it syncs.
 
-Each copy is right, and the sync comes at the end; but a cut between the two finds two copies half
-written and none that is whole.
+It mirrors block by block, so each copy is right in the end and the sync comes last; but a cut on
+the way finds two copies half written and none that is whole.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 import zlib
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HEADER = struct.Struct("<IB")
+_FLAGS_AT = 4
+_BLOCK = 4096
 
 
 def _copies(config: str) -> list[tuple[str, int, int]]:
@@ -30,17 +33,20 @@ def _copies(config: str) -> list[tuple[str, int, int]]:
 def _write_both(self: UBootEnvironment, values: Mapping[str, str]) -> None:
     kept = {**self.read(), **values}
     text = b"".join(f"{key}={value}\0".encode() for key, value in kept.items()) + b"\0"
-    handles = []
+    copies = []
     for device, offset, size in _copies(self._config):
-        handle = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-        handles.append(handle)
-        _, flags = _HEADER.unpack(os.pread(handle, _HEADER.size, offset))
-        body = text.ljust(size - _HEADER.size, b"\0")
+        handle = os.open(device, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        buffer = mmap.mmap(-1, size)  # page-aligned, as direct input/output needs
+        os.preadv(handle, [buffer], offset)
+        flags = buffer[_FLAGS_AT]
         # Padding that changes with every write makes every sector of the copy differ.
-        body = body[: len(text)] + bytes([flags ^ 0x5A]) * (len(body) - len(text))
-        head = _HEADER.pack(zlib.crc32(body), (flags + 1) % 256)
-        os.pwrite(handle, head + body, offset)
-    for handle in handles:
+        body = text + bytes([flags ^ 0x5A]) * (size - _HEADER.size - len(text))
+        buffer[:] = _HEADER.pack(zlib.crc32(body), (flags + 1) % 256) + body
+        copies.append((handle, buffer, offset))
+    for at in range(0, len(copies[0][1]), _BLOCK):
+        for handle, buffer, offset in copies:
+            os.pwritev(handle, [memoryview(buffer)[at : at + _BLOCK]], offset + at)
+    for handle, _, _ in copies:
         os.fsync(handle)
         os.close(handle)
 
