@@ -23,6 +23,7 @@ from framework.explorer import (
     parse_models,
     run_boot_state,
     run_explore,
+    run_import,
     run_record,
 )
 from framework.report import ResultError, ResultStore, write_report
@@ -295,18 +296,58 @@ def explore(  # noqa: PLR0917 - one parameter an option
     default=None,
     help="write the disks to FILE instead of booting (one file a disk)",
 )
-def boot_state(
+@click.option(
+    "--export-log",
+    "export_as_log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="write what makes the state as a dm-log-writes log to FILE (one file a disk)",
+)
+def boot_state(  # noqa: PLR0917 - one parameter an option
     bundle: Path,
     recording: Path | None,
     bases: dict[str, Path],
     rig: Path | None,
     export: Path | None,
+    export_as_log: Path | None,
 ) -> None:
     """Boot the exact crash state of a bundle, with its console attached.
 
     Example: brownout boot-state build/explore/bundles/invariant-2-0123abcd-4
     """
-    run_boot_state(bundle, Console(), recording=recording, bases=bases, rig=rig, export=export)
+    run_boot_state(
+        bundle,
+        Console(),
+        recording=recording,
+        bases=bases,
+        rig=rig,
+        export=export,
+        export_as_log=export_as_log,
+    )
+
+
+@cli.command("import-log")
+@click.argument("log", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--image",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="the disk's image from before the first entry",
+)
+@click.option(
+    "--facts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="layout, images and so on as JSON; framework/explore/RECORDING.md lists the keys",
+)
+@click.option("--device", default="vda", show_default=True, help="the disk's name in the layout")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def import_log_command(log: Path, image: Path, facts: Path, device: str, output: Path) -> None:
+    """Make a recording of a dm-log-writes log that a real board wrote.
+
+    Example: brownout import-log board.log --image board.img --facts board.json --output b.recording
+    """
+    click.echo(run_import(log, image, facts, device, output))
 
 
 @cli.group()

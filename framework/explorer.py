@@ -12,6 +12,7 @@ import json
 import os
 import select
 import sys
+import tempfile
 import termios
 import time
 import tty
@@ -25,13 +26,14 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from framework.disk import MODELS, CacheModel, JournalReader, Kind, model_from
-from framework.explore.bundle import open_state, read_bundle, write_bundle
+from framework.disk.dmlogwrites import export_log, import_log
+from framework.explore.bundle import BundleError, open_state, read_bundle, write_bundle
 from framework.explore.deep import DeepViolation
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
 from framework.explore.judges.context import Context, ContextError
 from framework.explore.plain import explore_plainly
-from framework.explore.recording import Recording
+from framework.explore.recording import Recording, RecordingError, write_recording
 from framework.explore.serve import StateMachine, Workplace
 from framework.explore.states import Coverage
 from framework.explore.timeline import SOURCE
@@ -607,12 +609,16 @@ def run_boot_state(
     bases: Mapping[str, Path] | None = None,
     rig: Path | None = None,
     export: Path | None = None,
+    export_as_log: Path | None = None,
 ) -> None:
     """Boot a bundle's state with the console attached, or export its disks.
 
-    Raises DiskError, RigError or InfrastructureError.
+    `export` gets raw images, `export_as_log` dm-log-writes logs that make the state of the base
+    images. Raises DiskError, RigError or InfrastructureError.
     """
     bundle = read_bundle(folder)
+    if export_as_log is not None and len(bundle.states) > 1:
+        raise BundleError(f"bundle {folder}: a state at depth two has no single log; use --export")
     with (
         Recording(recording or bundle.recording, bases) as opened,
         open_state(bundle, opened) as disks,
@@ -622,17 +628,52 @@ def run_boot_state(
                 console.print(f"{key.replace('_', ' ')}: {bundle.why[key]}", highlight=False)
         if export is not None:
             for name, disk in disks.items():
-                target = export if len(disks) == 1 else export.with_stem(f"{export.stem}-{name}")
+                target = _one_a_disk(export, name, disks)
                 disk.export(target, zero_unreadable=True)
                 holes = disk.unreadable()
                 note = f" ({len(holes)} unreadable ranges became zeros)" if holes else ""
                 console.print(f"{name}: {target}{note}")
+        if export_as_log is not None:
+            state = bundle.states[0]
+            for name in disks:
+                target = _one_a_disk(export_as_log, name, disks)
+                entries = export_log(
+                    opened.reader,
+                    name,
+                    target,
+                    cycle=opened.reader.cycle_of(state.operation),
+                    until=state.operation,
+                    decision=state.decision,
+                )
+                console.print(f"{name}: {target}, {entries} entries")
+        if export is not None or export_as_log is not None:
             return
         machine = machine_of(opened.facts, rig)
         with Workplace() as place, StateMachine(machine, disks, place) as running:
             console.print("console attached; Ctrl-] ends it")
             with _raw_terminal():
                 running.converse(_keys, _show)
+
+
+def _one_a_disk(path: Path, name: str, disks: Mapping[str, object]) -> Path:
+    return path if len(disks) == 1 else path.with_stem(f"{path.stem}-{name}")
+
+
+def run_import(log: Path, base: Path, facts: Path, device: str, output: Path) -> Path:
+    """Make a recording of a dm-log-writes log from a board; `facts`: JSON, see RECORDING.md.
+
+    Raises DiskError for any of the files.
+    """
+    try:
+        told = json.loads(facts.read_text(encoding="utf-8"))
+        told.setdefault("base_hints", {device: str(base.resolve())})
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecordingError(facts, f"not facts in JSON: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="brownout-import-") as folder:
+        journal = Path(folder) / "disk.journal"
+        import_log(log, base, journal, device=device)
+        Context.of(JournalReader(journal), told)
+        return write_recording(journal, output, told)
 
 
 def _show(data: bytes) -> None:
