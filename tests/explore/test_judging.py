@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import tiny_ab
 
-from framework.disk import JournalReader
+from framework.disk import JournalReader, LyingFlush, PrefixCache, TornSector, VolatileCache
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examiner
-from framework.explore.plain import explore_plainly
 from framework.targets.uut import BrownoutUpdater
 
+HONEST = (PrefixCache(), VolatileCache(), TornSector())
 
-def examined(tmp_path, bug="", updates=("v2", "sick"), exploration=None):
+
+def examined(tmp_path, bug="", updates=("v2", "sick"), models=HONEST):
     journal = JournalReader(tiny_ab.run(tmp_path, updates, bug))
     context = tiny_ab.context(journal, bug)
     uut = BrownoutUpdater
     examiner = Examiner(context, None, Ears(uut.boot_signs, uut.signs, uut.commit_state, ""))
-    found = explore_plainly(journal, context.layout, exhaustive_up_to=10)
+    found = examiner.explore(models, exhaustive_up_to=10, samples=100)
     return examiner.examine(found, ["static", "data"], Bounds())
 
 
@@ -37,6 +38,8 @@ def test_the_honest_updater_is_clean_in_every_state(tmp_path):
     [
         ("no-sync-before-switch", 2),
         ("switch-before-image", 2),
+        ("both-copies-at-once", 4),
+        ("one-copy-only", 4),
         ("acknowledged-too-early", 3),
         ("never-on-trial", 4),
         ("installed-too-early", 7),
@@ -45,6 +48,11 @@ def test_the_honest_updater_is_clean_in_every_state(tmp_path):
 def test_a_planted_bug_breaks_its_invariant(tmp_path, bug, invariant):
     found = examined(tmp_path, bug)
     assert invariant in broken(found)
+
+
+def test_no_updater_can_hold_on_a_device_that_lies_about_its_flushes(tmp_path):
+    found = examined(tmp_path, models=(LyingFlush(),))
+    assert {2, 3} <= broken(found)
 
 
 def test_a_violation_names_the_promise_that_was_broken(tmp_path):

@@ -171,8 +171,9 @@ class TinyDevice:
         else:
             self.copy = 1 - self.copy
             targets = (ENVIRONMENT[self.copy],)
-        for offset in targets:
-            self.client.write(offset, data)
+        for at in range(0, ENV, KIB):  # one copy after the other, or both block by block
+            for offset in targets:
+                self.client.write(offset + at, data[at : at + KIB])
         self.client.flush()
 
     def close(self) -> None:
