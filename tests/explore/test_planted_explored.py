@@ -34,6 +34,7 @@ STATIC = ("static",)
         (("v1", ["unhealthy+commit-before-health"], "prefix", STATIC), 4),
         (("v1", ["unhealthy+always-healthy"], "prefix", STATIC), 4),
     ],
+    ids=lambda case: "-".join((case[0], *case[1])) if isinstance(case, tuple) else None,
 )
 def test_a_planted_bug_is_found_without_aiming(tmp_path, case, invariant):
     code, result = explored(tmp_path, case)
