@@ -81,14 +81,15 @@ def _bases(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dic
 
 def _accepted(
     _: click.Context, __: click.Parameter, given: tuple[str, ...]
-) -> frozenset[tuple[str, int]]:
-    """`torn:5` as (model, invariant)."""
+) -> frozenset[tuple[str, int, str]]:
+    """`torn:5` or `torn:5@RIG` as (model, invariant, rig)."""
     found = set()
     for text in given:
-        model, _colon, number = text.partition(":")
+        finding, _at, rig = text.partition("@")
+        model, _colon, number = finding.partition(":")
         if model not in MODELS or number not in tuple("12345678"):
             raise click.BadParameter(f"{text!r} is not like torn:5")
-        found.add((model, int(number)))
+        found.add((model, int(number), rig))
     return frozenset(found)
 
 
@@ -218,7 +219,7 @@ def record(
     "--accept",
     "accepted",
     multiple=True,
-    metavar="MODEL:INVARIANT",
+    metavar="MODEL:INVARIANT[@RIG]",
     callback=_accepted,
     help="a finding that is known, such as torn:5: told, but no failure; repeatable",
 )
@@ -244,7 +245,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
     plain: bool,
     bases: dict[str, Path],
     rig: Path | None,
-    accepted: frozenset[tuple[str, int]],
+    accepted: frozenset[tuple[str, int, str]],
     report: Path | None,
     as_json: bool,
 ) -> None:

@@ -77,7 +77,7 @@ _ESCAPE: Final = b"\x1d"  # Ctrl-]
 class Wish:
     """What to explore, and how much of it.
 
-    `accepted`: findings (model, invariant) that are known, and told apart.
+    `accepted`: findings (model, invariant, rig or "" for any) that are known, and told apart.
     """
 
     models: tuple[CacheModel, ...]
@@ -87,7 +87,7 @@ class Wish:
     judges: tuple[str, ...]
     bounds: Bounds
     plain: bool = False
-    accepted: frozenset[tuple[str, int]] = frozenset()
+    accepted: frozenset[tuple[str, int, str]] = frozenset()
 
 
 @frozen
@@ -96,6 +96,7 @@ class Run:
 
     honest: bool
     found: Examination
+    rig: str
 
 
 def run_record(
@@ -282,14 +283,17 @@ def _explore_one(
                 )
             honest = models[0].name not in DISHONEST
             bounds = wish.bounds if honest else evolve(wish.bounds, cold_boots=0, deep=0)
-            runs.append(Run(honest, examiner.examine(exploration, judges, bounds)))
+            found = examiner.examine(exploration, judges, bounds)
+            runs.append(Run(honest, found, str(facts.get("rig", ""))))
     bundles = _leave_bundles(recording, runs, folder)
     return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
 
 
 def blamed(run: Run, violation: Violation, wish: Wish) -> bool:
     """Whether a violation counts: the device was honest, and it is no accepted finding."""
-    return run.honest and (violation.state.model, violation.invariant) not in wish.accepted
+    finding = (violation.state.model, violation.invariant)
+    known = {(*finding, ""), (*finding, run.rig)} & wish.accepted
+    return run.honest and not known
 
 
 def _by_honesty(models: Sequence[CacheModel]) -> list[list[CacheModel]]:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.emulated
 
 RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
 MODELS = ("kept", "prefix", "subset")
-TORN_SUPERBLOCK = frozenset({("prefix", 5)})
+TORN_SUPERBLOCK = frozenset({("prefix", 5, "")})
 """ext4's superblock spans two sectors: a cut between them leaves no file system to mount."""
 
 

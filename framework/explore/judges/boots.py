@@ -110,12 +110,21 @@ class ColdBootJudge:
         self._signs = signs
 
     def boot(self, crash_class: CrashClass, state: CrashState, place: Workplace) -> Booted:
-        """Boot a state until it is ready. Raises InfrastructureError if QEMU fails."""
+        """Boot a state until it is ready. Raises InfrastructureError if QEMU fails.
+
+        What does not get ready is tried once more: on a busy host a guest's watchdog can bite.
+        """
+        heard = self._boot_once(state, place)
+        if heard.ended != "matched":
+            heard = self._boot_once(state, place)
+        return self.read(crash_class, state, heard)
+
+    def _boot_once(self, state: CrashState, place: Workplace) -> Heard:
         with (
             state.disks(self.context.journal) as disks,
             StateMachine(self.machine, disks, place) as machine,
         ):
-            return self.read(crash_class, state, self.start(machine))
+            return self.start(machine)
 
     def start(
         self,
