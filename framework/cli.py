@@ -1,6 +1,7 @@
 """`brownout VERB OBJECT`: the command of the framework.
 
-Exit codes: 0 all well, 1 something did not hold, 2 wrong use or unusable rig, 130 interrupted.
+Exit codes: 0 all well, 1 something did not hold, 2 wrong use or unusable rig or file, 3 the
+explorer's oracle and a boot disagree, 130 interrupted.
 Errors are one line; `--verbose` shows the whole chain.
 """
 
@@ -13,7 +14,21 @@ import click
 from rich.console import Console
 
 from framework.demo import DemoError, run_demo
+from framework.disk import MODELS, DiskError
+from framework.explore.examine import Bounds
+from framework.explore.recording import SUFFIX
+from framework.explorer import (
+    JUDGES,
+    Wish,
+    parse_models,
+    run_boot_state,
+    run_explore,
+    run_import,
+    run_record,
+)
 from framework.report import ResultError, ResultStore, write_report
+from framework.scenario.bench import BenchError
+from framework.targets.errors import InfrastructureError, RigError
 
 EXIT_NOT_HELD = 1
 EXIT_UNUSABLE = 2
@@ -53,6 +68,289 @@ def demo(rig: Path, output: Path, workers: int) -> None:
         raise SystemExit(EXIT_NOT_HELD)
 
 
+def _bases(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Path]:
+    """`vda=PATH` as a dictionary."""
+    bases = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not name or not equals or not path:
+            raise click.BadParameter(f"{text!r} is not like vda=PATH")
+        bases[name] = Path(path)
+    return bases
+
+
+def _accepted(
+    _: click.Context, __: click.Parameter, given: tuple[str, ...]
+) -> frozenset[tuple[str, int, str]]:
+    """`torn:5` or `torn:5@RIG` as (model, invariant, rig)."""
+    found = set()
+    for text in given:
+        finding, _at, rig = text.partition("@")
+        model, _colon, number = finding.partition(":")
+        if model not in MODELS or number not in tuple("12345678"):
+            raise click.BadParameter(f"{text!r} is not like torn:5")
+        found.add((model, int(number), rig))
+    return frozenset(found)
+
+
+BASE = click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="DISK=PATH",
+    callback=_bases,
+    help="where a base image is, if not where the recording says; repeatable",
+)
+RIG = click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="labgrid environment to boot on, if not the one of the recording's name in rigs/",
+)
+
+
+@cli.command()
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("rigs/qemu-arm64.yaml"),
+    show_default=True,
+    help="labgrid environment to record on",
+)
+@click.option("--from", "base", default="v1", show_default=True, help="image in slot a")
+@click.option(
+    "--to",
+    "variants",
+    multiple=True,
+    default=("v2", "unhealthy"),
+    show_default=True,
+    help="image in an update; repeatable, one after the other; `unhealthy` is rolled back",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="the recording's file  [default: build/explore/RIG-FROM-TO….recording]",
+)
+@click.option(
+    "--flip-bit",
+    type=click.FloatRange(0, 100),
+    default=None,
+    metavar="PERCENT",
+    help="have the disk store one bit wrong, that far into the first update's image",
+)
+def record(
+    rig: Path,
+    base: str,
+    variants: tuple[str, ...],
+    output: Path | None,
+    flip_bit: float | None,
+) -> None:
+    """Record updates, each up to its commit or rollback, to cut them anywhere later.
+
+    Example: brownout record --rig rigs/qemu-arm64.yaml --to v2
+    """
+    path = output or Path("build/explore") / f"{'-'.join((rig.stem, base, *variants))}{SUFFIX}"
+    run_record(rig, base, variants, path, Console(), flip_percent=flip_bit)
+
+
+@cli.command()
+@click.argument(
+    "recordings", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("all",),
+    show_default=True,
+    help="cache model, such as torn or torn:granularity=4096; repeatable",
+)
+@click.option(
+    "--exhaustive-up-to",
+    type=click.IntRange(0, 20),
+    default=12,
+    show_default=True,
+    metavar="N",
+    help="every subset of epochs with at most N writes at stake",
+)
+@click.option("--samples", type=click.IntRange(0), default=1000, show_default=True, metavar="M")
+@click.option("--seed", type=int, default=1, show_default=True, metavar="S")
+@click.option(
+    "--judge",
+    "judges",
+    multiple=True,
+    type=click.Choice(JUDGES),
+    default=("static", "data"),
+    show_default=True,
+    help="repeatable; uboot and coldboot run machines",
+)
+@click.option(
+    "--data-checks",
+    type=click.IntRange(0),
+    default=2000,
+    show_default=True,
+    help="most distinct data partitions that are checked",
+)
+@click.option("--decisions", type=click.IntRange(0), default=200, show_default=True)
+@click.option("--cold-boots", type=click.IntRange(0), default=20, show_default=True)
+@click.option(
+    "--deep",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="cut the recoveries of N classes again (depth two)",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
+    help="folder for the bundles of violations  [default: beside the recording]",
+)
+@click.option(
+    "--plain",
+    is_flag=True,
+    help="visit the states of `subset` one by one, without the engine: slow, to compare with",
+)
+@BASE
+@RIG
+@click.option(
+    "--accept",
+    "accepted",
+    multiple=True,
+    metavar="MODEL:INVARIANT[@RIG]",
+    callback=_accepted,
+    help="a finding that is known, such as torn:5: told, but no failure; repeatable",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="also write the offline HTML report to FILE",
+)
+@click.option("--json", "as_json", is_flag=True, help="the result as JSON on standard output")
+def explore(  # noqa: PLR0917 - one parameter an option
+    recordings: tuple[Path, ...],
+    models: tuple[str, ...],
+    exhaustive_up_to: int,
+    samples: int,
+    seed: int,
+    judges: tuple[str, ...],
+    data_checks: int,
+    decisions: int,
+    cold_boots: int,
+    deep: int,
+    output: Path | None,
+    plain: bool,
+    bases: dict[str, Path],
+    rig: Path | None,
+    accepted: frozenset[tuple[str, int, str]],
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Cut recordings everywhere, judge every crash state, leave a bundle for each violation.
+
+    Exit codes: 0 nothing broke, 1 an invariant broke on a device that keeps its promises, 2 the
+    recording or rig can't be used, 3 the oracle and a boot disagree (then no verdict counts),
+    130 interrupted.
+
+    Example: brownout explore build/explore/qemu-arm64-v1-v2.recording --model subset --judge uboot
+    """
+    wish = Wish(
+        parse_models(models),
+        exhaustive_up_to,
+        samples,
+        seed,
+        judges,
+        Bounds(data_checks, decisions, cold_boots, deep=deep),
+        plain,
+        accepted,
+    )
+    code = run_explore(
+        recordings,
+        wish,
+        output,
+        Console(),
+        bases=bases,
+        rig=rig,
+        report=report,
+        as_json=as_json,
+    )
+    if code:
+        raise SystemExit(code)
+
+
+@cli.command("boot-state")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--recording",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="the recording, if not where the bundle says",
+)
+@BASE
+@RIG
+@click.option(
+    "--export",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="write the disks to FILE instead of booting (one file a disk)",
+)
+@click.option(
+    "--export-log",
+    "export_as_log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="write what makes the state as a dm-log-writes log to FILE (one file a disk)",
+)
+def boot_state(  # noqa: PLR0917 - one parameter an option
+    bundle: Path,
+    recording: Path | None,
+    bases: dict[str, Path],
+    rig: Path | None,
+    export: Path | None,
+    export_as_log: Path | None,
+) -> None:
+    """Boot the exact crash state of a bundle, with its console attached.
+
+    Example: brownout boot-state build/explore/bundles/invariant-2-0123abcd-4
+    """
+    run_boot_state(
+        bundle,
+        Console(),
+        recording=recording,
+        bases=bases,
+        rig=rig,
+        export=export,
+        export_as_log=export_as_log,
+    )
+
+
+@cli.command("import-log")
+@click.argument("log", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--image",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="the disk's image from before the first entry",
+)
+@click.option(
+    "--facts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="layout, images and so on as JSON; framework/explore/RECORDING.md lists the keys",
+)
+@click.option("--device", default="vda", show_default=True, help="the disk's name in the layout")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def import_log_command(log: Path, image: Path, facts: Path, device: str, output: Path) -> None:
+    """Make a recording of a dm-log-writes log that a real board wrote.
+
+    Example: brownout import-log board.log --image board.img --facts board.json --output b.recording
+    """
+    click.echo(run_import(log, image, facts, device, output))
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
@@ -82,7 +380,14 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("brownout: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    except (DemoError, ResultError) as error:
+    except (
+        DemoError,
+        ResultError,
+        DiskError,
+        BenchError,
+        RigError,
+        InfrastructureError,
+    ) as error:
         click.echo(f"brownout: {error}", err=True)
         sys.exit(EXIT_UNUSABLE)
 

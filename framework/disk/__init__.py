@@ -24,7 +24,7 @@ from framework.disk.grubenv import (
     read_grub_environments,
 )
 from framework.disk.journal import SECTOR, Flag, Kind
-from framework.disk.lazy import LazyDisk
+from framework.disk.lazy import LazyDisk, StartState
 from framework.disk.models import (
     MODELS,
     CacheModel,
@@ -95,6 +95,7 @@ __all__ = [
     "RecorderError",
     "ReorderedCache",
     "SdCard",
+    "StartState",
     "TornPage",
     "TornSector",
     "Trigger",

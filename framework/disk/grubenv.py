@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Final
 
-from framework.disk.errors import DiskError, LayoutError
+from framework.disk.errors import DiskError
 from framework.disk.files import FileSystem, open_file_system
 from framework.disk.lazy import LazyDisk
 
@@ -110,7 +110,7 @@ def read_grub_environments(
     """
     try:
         files: FileSystem | None = open_file_system(disk, offset, length)
-    except LayoutError:
+    except DiskError:  # no file system, or its head can't be read
         files = None
     copies = [_read(files, path) for path in paths]
     locks = [_read(files, str(PurePosixPath(path).with_name("lock"))) for path in paths]

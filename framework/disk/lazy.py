@@ -8,12 +8,13 @@ map 8 MiB, so a crash state costs a copy and a few assignments.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,73 @@ UNREADABLE: Final = -2
 EXTRA: Final = 1 << 60
 """Positions from here on are not in the journal, but in the bytes given to the `LazyDisk`."""
 
+_BENEATH: Final = EXTRA + (1 << 59)
+"""Positions from here on belong to the state that a journal began with: see `StartState`."""
+
+_BENEATH_EXTRA: Final = 1 << 58
+"""Of those: from here on they are that state's own extra content."""
+
 _CHUNK: Final = 1 << 20
 _ZEROES: Final = bytes(_CHUNK)
+
+
+class Extra(Protocol):
+    """Content that is in no file of its own: bytes, or what reads like them."""
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        """The bytes from `part.start` to `part.stop`."""
+
+
+class _Layers:
+    """Extra content over that of the state that the journal began with."""
+
+    def __init__(self, own: Extra, beneath: StartState) -> None:
+        self._own = own
+        self._beneath = beneath
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        at = part.start - (_BENEATH - EXTRA)
+        if at < 0:
+            return self._own[part]
+        return self._beneath.read(at, part.stop - part.start)
+
+
+@dataclasses.dataclass(frozen=True)
+class StartState:
+    """Disks that begin with a state of another journal, not with their base images.
+
+    So a machine runs on a crash state, and is recorded, with nothing materialised. Make one with
+    `of`; the other journal's file must stay.
+    """
+
+    maps: Mapping[str, SectorMap]
+    _journal_fd: int
+    _extra: Extra
+    _held: tuple[LazyDisk, ...]
+
+    @classmethod
+    def of(cls, disks: Mapping[str, LazyDisk]) -> StartState:
+        """The state that `disks` (all of one machine) show; they stay open as long as it does."""
+        maps = {}
+        for name, disk in disks.items():
+            old = disk.map
+            new = old.copy()
+            new[(old > BASE) & (old < EXTRA)] += _BENEATH
+            new[old > EXTRA] += _BENEATH + _BENEATH_EXTRA - EXTRA
+            maps[name] = new
+        first = next(iter(disks.values()))
+        return cls(maps, first.journal_fd, first.extra, tuple(disks.values()))
+
+    def over(self, own: Extra = b"") -> Extra:
+        """Extra content for maps that began with this state: `own` over what is beneath."""
+        return _Layers(own, self)
+
+    def read(self, position: int, length: int) -> bytes:
+        """Content of this state's own journal or extra."""
+        if position >= _BENEATH_EXTRA:
+            at = position - _BENEATH_EXTRA
+            return self._extra[at : at + length]
+        return read_exact(self._journal_fd, length, position, "the journal beneath")
 
 
 def new_map(size_bytes: int, base_size_bytes: int) -> SectorMap:
@@ -105,7 +171,7 @@ def read_range(
     length: int,
     device: str,
     *,
-    extra: bytes = b"",
+    extra: Extra = b"",
 ) -> bytes:
     """Read a sector-aligned range through the map; `files`: descriptors of base and journal.
 
@@ -140,13 +206,13 @@ class LazyDisk:
     """
 
     def __init__(
-        self, name: str, sectors: SectorMap, base: Path, journal: Path, extra: bytes = b""
+        self, name: str, sectors: SectorMap, base: Path, journal: Path, extra: Extra = b""
     ) -> None:
         """Open the files. `extra`: content that a decision made up and no journal holds.
 
         Raises BaseImageError or JournalError if a file can't be opened.
         """
-        self._extra = extra
+        self.extra = extra
         self.name = name
         self.map = sectors
         """Where each sector lies; don't change it."""
@@ -161,11 +227,11 @@ class LazyDisk:
             ) from error
         self._fds.append(self._base_fd)
         try:
-            self._journal_fd = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+            self.journal_fd = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             self.close()
             raise JournalError(journal, 0, error.strerror or "can't be opened") from error
-        self._fds.append(self._journal_fd)
+        self._fds.append(self.journal_fd)
 
     @property
     def size_bytes(self) -> int:
@@ -190,11 +256,11 @@ class LazyDisk:
             return b""
         data = read_range(
             self.map,
-            (self._base_fd, self._journal_fd),
+            (self._base_fd, self.journal_fd),
             first,
             end - first,
             self.name,
-            extra=self._extra,
+            extra=self.extra,
         )
         if first == offset and end == offset + length:
             return data
@@ -245,7 +311,7 @@ class LazyDisk:
         readable = self
         if zero_unreadable and bool((self.map == UNREADABLE).any()):
             patched = np.where(self.map == UNREADABLE, ZERO, self.map)
-            readable = LazyDisk(self.name, patched, self.base_path, self.journal_path, self._extra)
+            readable = LazyDisk(self.name, patched, self.base_path, self.journal_path, self.extra)
         try:
             with path.open("wb") as out:
                 out.truncate(size)

@@ -20,7 +20,7 @@ from framework.disk.journal import (
     parse_mark,
     scan,
 )
-from framework.disk.lazy import EXTRA, LazyDisk, SectorMap, new_map
+from framework.disk.lazy import EXTRA, Extra, LazyDisk, SectorMap, StartState, new_map
 from framework.disk.models import CacheModel, WriteThrough
 from framework.disk.recorder import file_sha256
 from framework.disk.state import (
@@ -75,8 +75,9 @@ class JournalReader:
         bases: Mapping[str, Path] | None = None,
         *,
         verify_bases: bool = False,
+        begin: StartState | None = None,
     ) -> None:
-        """Read the journal.
+        """Read the journal; `begin`: the state with which it began, if not the base images.
 
         Raises JournalError if it isn't one, BaseImageError if a base is missing or another.
         """
@@ -100,8 +101,12 @@ class JournalReader:
         """All mutating operations as columns."""
         self.devices = tuple(d.name for d in self.header.devices)
         self.base_paths = self._check_bases(bases or {}, verify_bases)
+        self._begin = begin
         self._power_on: list[list[SectorMap]] = [
-            [new_map(d.size_bytes, d.base.size_bytes) for d in self.header.devices]
+            [
+                new_map(d.size_bytes, d.base.size_bytes) if begin is None else begin.maps[d.name]
+                for d in self.header.devices
+            ]
         ]
 
     # ---------------------------------------------------------------- states
@@ -119,7 +124,7 @@ class JournalReader:
         """
         maps, extra = self.maps_at(operation, model, seed)
         return {
-            name: LazyDisk(name, sectors, self.base_paths[name], self.path, extra)
+            name: self._disk(name, sectors, extra)
             for name, sectors in zip(self.devices, maps, strict=True)
         }
 
@@ -134,7 +139,7 @@ class JournalReader:
         index = self._index(device)
         name = self.devices[index]
         maps, extra = self.maps_at(operation, model, seed)
-        return LazyDisk(name, maps[index], self.base_paths[name], self.path, extra)
+        return self._disk(name, maps[index], extra)
 
     def maps_at(
         self, operation: int, model: CacheModel | None = None, seed: int = 0
@@ -186,7 +191,7 @@ class JournalReader:
         at = self._index(device)
         name = self.devices[at]
         sectors = self.power_on(index + 1)[at].copy()
-        return LazyDisk(name, sectors, self.base_paths[name], self.path)
+        return self._disk(name, sectors)
 
     def final(self, device: str | None = None) -> LazyDisk:
         """The disk as it was when the journal ends; what was in flight then is not on it."""
@@ -196,7 +201,7 @@ class JournalReader:
         rots = [r for r in self.rots if r.cycle == cycle]
         decision = WriteThrough().decide(power_cycle, 0)
         maps = rebuild(self.power_on(cycle), power_cycle.operations, rots, decision, EXTRA)
-        return LazyDisk(name, maps[at], self.base_paths[name], self.path)
+        return self._disk(name, maps[at])
 
     # ---------------------------------------------------------------- loading
 
@@ -314,6 +319,23 @@ class JournalReader:
         last = self.cuts[index].operation if index < len(self.cuts) else len(self.operations)
         sizes = tuple(d.size_bytes for d in self.header.devices)
         return index, PowerCycle(self.operations.part(first, last), self.devices, sizes)
+
+    def disks_of(self, decision: Decision, operation: int) -> dict[str, LazyDisk]:
+        """All disks after a power failure that followed `operation` and did what `decision` says.
+
+        Raises IndexError for an operation that the journal doesn't hold.
+        """
+        cycle, power_cycle = self.power_cycle_at(operation)
+        maps = self.apply(cycle, power_cycle, decision)
+        extra = b"".join(g.content for g in decision.garbage)
+        return {
+            name: self._disk(name, sectors, extra)
+            for name, sectors in zip(self.devices, maps, strict=True)
+        }
+
+    def _disk(self, name: str, sectors: SectorMap, own: bytes = b"") -> LazyDisk:
+        extra: Extra = own if self._begin is None else self._begin.over(own)
+        return LazyDisk(name, sectors, self.base_paths[name], self.path, extra)
 
     def _index(self, device: str | None) -> int:
         if device is None:

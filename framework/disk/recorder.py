@@ -37,7 +37,7 @@ from framework.disk.journal import (
     Kind,
     mark_payload,
 )
-from framework.disk.lazy import LazyDisk, SectorMap, new_map, place, read_range
+from framework.disk.lazy import LazyDisk, SectorMap, StartState, new_map, place, read_range
 from framework.disk.models import CacheModel, WriteThrough
 from framework.disk.server import Connection, Pending
 from framework.disk.state import (
@@ -136,12 +136,16 @@ class Recorder:
         *,
         durable_journal: bool = False,
         prepare_bytes: int = PREPARE_BYTES,
+        begin: StartState | None = None,
     ) -> None:
         """Nothing is opened before `start`.
 
         `durable_journal`: fdatasync it at every flush. `prepare_bytes`: how much of the journal is
-        kept ready in the page cache for a burst of writes, given back at `close`.
+        kept ready in the page cache for a burst of writes, given back at `close`. `begin`: what
+        the disks hold at first, if not their base images; whoever reads the journal needs it too.
         """
+        self._begin = begin
+        self._extra = b"" if begin is None else begin.over()
         self._prepare_bytes = prepare_bytes
         self._specs = tuple(devices)
         self._directory = Path(directory)
@@ -285,7 +289,7 @@ class Recorder:
         with self._lock:
             self._guard(JournalWriter.flush)
             found = self._devices[index]
-            return LazyDisk(device, found.map.copy(), found.base, self.journal_path)
+            return LazyDisk(device, found.map.copy(), found.base, self.journal_path, self._extra)
 
     # ---------------------------------------------------------------- marks, arms, cuts
 
@@ -558,7 +562,14 @@ class Recorder:
         if journal is None:
             return nbd.EIO
         try:
-            return read_range(found.map, (found.fd, journal.fd), offset, length, found.name)
+            return read_range(
+                found.map,
+                (found.fd, journal.fd),
+                offset,
+                length,
+                found.name,
+                extra=self._extra,
+            )
         except UnreadableSectorError:
             return nbd.EIO
         except (OSError, DiskError) as error:
@@ -642,7 +653,14 @@ class Recorder:
         found = self._devices[device]
         where = sector_of(offset)
         try:
-            old = read_range(found.map, (found.fd, journal.fd), where, SECTOR, found.name)
+            old = read_range(
+                found.map,
+                (found.fd, journal.fd),
+                where,
+                SECTOR,
+                found.name,
+                extra=self._extra,
+            )
         except UnreadableSectorError:
             return  # nothing there that could rot
         content = _flipped(memoryview(old), where, [(offset, bit)])
@@ -807,6 +825,9 @@ class Recorder:
             if any(d.name == spec.name for d in self._devices):
                 raise RecorderError(f"device {spec.name} is given twice")
             device, header = _open_device(spec)
+            if self._begin is not None:
+                device.map = self._begin.maps[spec.name].copy()
+                device.power_on = device.map.copy()
             self._devices.append(device)
             headers.append(header)
         return tuple(headers)

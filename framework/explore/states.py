@@ -59,13 +59,7 @@ class CrashState:
 
         Raises BaseImageError or JournalError if the recording's files are gone.
         """
-        cycle, power_cycle = journal.power_cycle_at(self.operation)
-        maps = journal.apply(cycle, power_cycle, self.decision)
-        extra = b"".join(g.content for g in self.decision.garbage)
-        disks = Disks()
-        for name, sectors in zip(journal.devices, maps, strict=True):
-            disks[name] = LazyDisk(name, sectors, journal.base_paths[name], journal.path, extra)
-        return disks
+        return Disks(journal.disks_of(self.decision, self.operation))
 
     def __str__(self) -> str:
         return f"after operation {self.operation}, model {self.model}: {self.decision.describe()}"

@@ -1,6 +1,8 @@
 """What a run leaves for people: result files, the timeline picture, the offline HTML report."""
 
+from framework.report.exploration import ExplorationSection, write_exploration_report
 from framework.report.html import write_report
+from framework.report.picture import CutPoint
 from framework.report.results import (
     FindingRecord,
     Moment,
@@ -12,6 +14,8 @@ from framework.report.results import (
 )
 
 __all__ = [
+    "CutPoint",
+    "ExplorationSection",
     "FindingRecord",
     "Moment",
     "OperationRecord",
@@ -19,5 +23,6 @@ __all__ = [
     "ResultError",
     "ResultStore",
     "ScenarioResult",
+    "write_exploration_report",
     "write_report",
 ]

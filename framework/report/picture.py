@@ -7,7 +7,10 @@ no script to show it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+
+from attrs import frozen
 
 from framework.report.results import Moment, OperationRecord, RegionRecord
 
@@ -22,7 +25,22 @@ COLOURS = {
     "discard": "#b0b0b0",
     "flush": "#3c8c4a",
 }
-STRONG_SOURCES = ("power", "network", "boot", "fault")
+STRONG_SOURCES = ("power", "network", "boot", "fault", "event")
+VERDICTS = {"held": "#2c7a3d", "accepted": "#d99a00", "broken": "#b3261e"}
+STRIP = 12
+
+
+@frozen
+class CutPoint:
+    """What cutting the power after an operation may leave: `verdict` is held, accepted or broken.
+
+    `text` says what broke, or how many classes of crash states were judged.
+    """
+
+    at_s: float
+    number: int
+    verdict: str
+    text: str
 
 
 def draw(
@@ -30,9 +48,11 @@ def draw(
     moments: tuple[Moment, ...],
     regions: tuple[RegionRecord, ...],
     elapsed_s: float,
+    cuts: Sequence[CutPoint] = (),
 ) -> str:
-    """The picture as an SVG element."""
-    height = TOP + len(regions) * (ROW + GAP) + 24
+    """The picture as an SVG element; with `cuts`, a strip of their verdicts below the regions."""
+    below = TOP + len(regions) * (ROW + GAP)
+    height = below + 24 + (STRIP + GAP if cuts else 0)
     span = max([elapsed_s, 0.001, *(o.at_s for o in operations), *(m.at_s for m in moments)])
 
     def x(at_s: float) -> float:
@@ -57,6 +77,17 @@ def draw(
                 f'y2="{height - 20}" class="{escape(moment.source)}">'
                 f"<title>{moment.at_s:.2f} s {escape(moment.text)}</title></line>"
             )
+    if cuts:
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{below + STRIP - 2}" text-anchor="end">cut points</text>'
+        )
+    # What broke is drawn last, so that nothing hides it.
+    for cut in sorted(cuts, key=lambda cut: list(VERDICTS).index(cut.verdict)):
+        parts.append(
+            f'<rect x="{x(cut.at_s) - 1:.1f}" y="{below}" width="2" height="{STRIP}" '
+            f'fill="{VERDICTS[cut.verdict]}"><title>cut after operation {cut.number}: '
+            f"{escape(cut.text)}</title></rect>"
+        )
     for tick in range(5):
         at_s = span * tick / 4
         parts.append(

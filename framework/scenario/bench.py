@@ -13,6 +13,7 @@ from attrs import define
 
 from framework.scenario.device import Device, Machine, Update
 from framework.scenario.manifest import ManifestError, TargetManifest
+from framework.targets.rig import load_rig
 from framework.targets.strategy import SlotStrategy
 from framework.targets.uut import BrownoutUpdater, UpdaterUnderTest, UutError
 from images import ImageError, TargetImages, build_target
@@ -89,16 +90,36 @@ class Bench:
 
 
 def open_bench(request: pytest.FixtureRequest, variants: Sequence[str]) -> Bench:
-    """Build the images, activate the machine, start the server.
+    """Build the images, activate the machine of pytest's `--lg-env`, start the server.
 
     Raises:
         BenchError: any of it can't be done.
     """
-    target_name = Path(request.config.getoption("lg_env")).stem
+    rig = Path(request.config.getoption("lg_env"))
+    return _open(rig.stem, lambda: request.getfixturevalue("target"), variants)
+
+
+def open_bench_on(rig: Path, variants: Sequence[str]) -> Bench:
+    """As `open_bench`, without pytest: the rig file names the machine.
+
+    Raises:
+        BenchError: any of it can't be done.
+        RigError: the rig file makes no sense.
+    """
+
+    def find() -> Any:
+        target = load_rig(rig).get_target("main")
+        if target is None:
+            raise BenchError(f"{rig}: has no target 'main'")
+        return target
+
+    return _open(rig.stem, find, variants)
+
+
+def _open(target_name: str, find_target: Callable[[], Any], variants: Sequence[str]) -> Bench:
     try:
         images = build_target(target_name, variants, relock_if_gone=True)
-        target = request.getfixturevalue("target")
-        strategy: SlotStrategy = target.get_strategy()
+        strategy: SlotStrategy = find_target().get_strategy()
         strategy.transition("off")
         machine: Machine = strategy.power
         keys = images.directory.parent / "keys"

@@ -129,7 +129,7 @@ class Device:
     images: dict[str, ImageFacts] = Factory(dict)
     started_ns: int = Factory(time.monotonic_ns)
     running: BootSeen | None = None
-    _canary_sha256: str | None = None
+    canary_sha256: str | None = None
     _harvested: int = 0
     _begun_at: int = 0
     _forget: Callable[[], None] = lambda: None
@@ -251,10 +251,10 @@ class Device:
 
     def check_data(self) -> None:
         """Check the data partition on the disk, and the file that was synced at the start."""
-        if self._canary_sha256 is None:
+        if self.canary_sha256 is None:
             return
         checked = check_data(
-            self.machine.recorder.disk, self.manifest.data, CANARY_PATH, self._canary_sha256
+            self.machine.recorder.disk, self.manifest.data, CANARY_PATH, self.canary_sha256
         )
         self._event(checked)
         self.note("disk", f"data partition: {checked.detail}")
@@ -312,7 +312,7 @@ class Device:
         result = self.strategy.run(CANARY_COMMAND, COMMAND_TIMEOUT_S)
         if result.code != 0 or not result.lines:
             raise InfrastructureError(f"no file can be written to /data: {result.text}")
-        self._canary_sha256 = result.lines[-1].split()[0]
+        self.canary_sha256 = result.lines[-1].split()[0]
 
     def _seen(self, outcome: BootOutcome) -> BootSeen | None:
         """Take a start's outcome into the events; None if the power went meanwhile."""

@@ -287,6 +287,32 @@ class RecordedQEMUDriver(
         except KeyError as error:
             raise RigError(f"{self._where}.{key}: no image {image!r} under 'images:'") from error
 
+    def description(self, pflash: Path | None = None) -> Machine:
+        """The machine as a value, as it would be started now; after `preflight`.
+
+        `pflash` replaces the rig's own second pflash.
+        """
+        if self._accel is None:
+            raise RigError(f"{self._where}: not checked yet: call preflight() first")
+        images = self.images()
+        return Machine(
+            program=self._program,
+            machine=self.machine,
+            cpu=self.cpu,
+            memory=self.memory,
+            cpus=self.cpus,
+            accelerator=self._accel.name,
+            firmware=images.firmware,
+            pflash=pflash or images.pflash,
+            kernel=images.kernel,
+            boot_args=self.boot_args,
+            disks=self._disks,
+            network=self._network,
+            watchdog=self.watchdog,
+            watchdog_address=self.watchdog_address,
+            extra_args=tuple(self.extra_args),
+        )
+
     def preflight(self) -> None:
         """Check program, images, ports and accelerator; `RigError` in one line if one is bad."""
         tool = self.qemu_bin
@@ -419,9 +445,18 @@ class RecordedQEMUDriver(
         process = self._process
         return process is not None and process.alive
 
-    def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> None:
-        """Call `listener` for every QMP event, in the monitor's thread; it must not block."""
+    def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> Callable[[], None]:
+        """Call `listener` for every QMP event, in the monitor's thread; it must not block.
+
+        Returns what makes it stop.
+        """
         self._event_listeners.append(listener)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                self._event_listeners.remove(listener)
+
+        return forget
 
     def monitor_command(
         self, command: str, arguments: Mapping[str, object] | None = None, timeout_s: float = 5.0
@@ -591,25 +626,8 @@ class RecordedQEMUDriver(
     # -- how a machine starts and ends (under the lock) ---------------------------------------
 
     def _start(self, why: str) -> None:
-        assert self._run is not None and self._pump is not None and self._accel is not None
-        images = self.images()
-        machine = Machine(
-            program=self._program,
-            machine=self.machine,
-            cpu=self.cpu,
-            memory=self.memory,
-            cpus=self.cpus,
-            accelerator=self._accel.name,
-            firmware=images.firmware,
-            pflash=self._other_pflash or images.pflash,
-            kernel=images.kernel,
-            boot_args=self.boot_args,
-            disks=self._disks,
-            network=self._network,
-            watchdog=self.watchdog,
-            watchdog_address=self.watchdog_address,
-            extra_args=tuple(self.extra_args),
-        )
+        assert self._run is not None and self._pump is not None
+        machine = self.description(self._other_pflash)
         deadline = time.monotonic() + self.start_deadline_s
         console, console_theirs = socket.socketpair()
         monitor, monitor_theirs = socket.socketpair()

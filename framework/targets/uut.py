@@ -56,11 +56,30 @@ class ConsoleSigns:
     error: re.Pattern[str]
 
 
+@frozen
+class BootSigns:
+    """Regular expressions for the lines of a start, complete with their line end.
+
+    Attributes:
+        booting: the bootloader loaded a kernel and starts it; groups `slot` and `trial` (`1`: the
+            slot is on trial).
+        nothing: the bootloader found no slot that it can load.
+        ready: the system is up; groups `version` and `slot`.
+        data_lost: the data partition could not be mounted.
+    """
+
+    booting: re.Pattern[str]
+    nothing: re.Pattern[str]
+    ready: re.Pattern[str]
+    data_lost: re.Pattern[str]
+
+
 class UpdaterUnderTest(Protocol):
     """What the framework asks of an updater."""
 
     name: str
     signs: ConsoleSigns
+    boot_signs: BootSigns
     commit_state: str
     """The state that says: the new system proved itself, it is committed now."""
 
@@ -98,6 +117,15 @@ class BrownoutUpdater:
             r"updater: rolled back to (?P<name>\S+) \(slot [ab]\): (?P<cause>.*)"
         ),
         error=re.compile(r"updater: error: (?P<cause>.*)"),
+    )
+
+    boot_signs = BootSigns(
+        booting=re.compile(
+            r"BROWNOUT: booting slot (?P<slot>[ab]) upgrade_available=(?P<trial>\d?) [^\n]*\n"
+        ),
+        nothing=re.compile(r"BROWNOUT: no slot can be booted\s*\n"),
+        ready=re.compile(r"BROWNOUT READY version=(?P<version>\S+) slot=(?P<slot>[ab]) [^\n]*\n"),
+        data_lost=re.compile(r"BROWNOUT DATA-FAILED\s*\n"),
     )
 
     def build_artifact(

@@ -1,0 +1,468 @@
+"""Examines a recording: explores it, judges every class, sends some to the judges that boot.
+
+    recording -> engine (states, classes) -> static oracle: every class in every phase
+                                          -> data judge: every distinct data partition
+                                          -> bootloader and cold boots: representatives and
+                                             control samples, up to a bound
+                                          -> depth two: what a recovery writes, cut again
+
+What is done is bounded, and what was left out is counted and said. Progress goes to a callback;
+an interrupt anywhere leaves no machine and no file behind.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Final, Protocol, TypeVar
+
+from attrs import define, field, frozen
+
+from framework.disk import CacheModel
+from framework.explore.deep import DeepResult, cut_again
+from framework.explore.ears import Ears
+from framework.explore.engine import explore
+from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
+from framework.explore.judges.context import Context
+from framework.explore.judges.data import DataJudge
+from framework.explore.judges.static import StaticOracle, with_finding
+from framework.explore.layout import Role
+from framework.explore.serve import Workplace
+from framework.explore.states import CrashClass, CrashState, Exploration, Span
+from framework.targets.machine import Machine
+from framework.verdict import Event, InstallEnded, Verdict
+from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
+
+WORKERS: Final = 2
+DEPTH_TWO: Final = "depth two"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@frozen
+class Violation:
+    """One broken invariant in one class and phase.
+
+    Attributes:
+        invariant: its number.
+        evidence: what decided.
+        judge: who found it.
+        crash_class, phase: where.
+        state: a crash state that shows it.
+        span: when power has to fail.
+        depth: 1, or 2 for a cut during the recovery from a cut.
+        promised: the newest promise of the phase, in words.
+    """
+
+    invariant: int
+    evidence: str
+    judge: str
+    crash_class: CrashClass
+    phase: int
+    state: CrashState
+    span: Span
+    promised: str
+    depth: int = 1
+
+
+@frozen
+class JudgeCount:
+    """What one judge did.
+
+    Attributes:
+        judge: its name.
+        looked_at: how many of what it looks at.
+        of: how many there were.
+        unit: what it looks at, for people.
+        controls: control samples among them.
+        violations, disagreements: what it found.
+        seconds: wall time.
+    """
+
+    judge: str
+    looked_at: int
+    of: int
+    unit: str
+    seconds: float
+    controls: int = 0
+    violations: int = 0
+    disagreements: int = 0
+
+
+@define
+class Examination:
+    """Everything that an examination found."""
+
+    exploration: Exploration
+    violations: list[Violation] = field(factory=list)
+    disagreements: list[Booted] = field(factory=list)
+    boots: list[Booted] = field(factory=list)
+    counts: list[JudgeCount] = field(factory=list)
+    deep: list[DeepResult] = field(factory=list)
+    verdicts: dict[tuple[str, int], Verdict] = field(factory=dict)
+    """By class key and phase."""
+
+
+@frozen
+class Bounds:
+    """How much is sent to the judges that boot.
+
+    Attributes:
+        data: most data partitions.
+        decisions: most bootloader decisions.
+        cold_boots: most cold boots.
+        controls: share of each that are control samples inside classes, 0 to 1.
+        deep: most classes whose recovery is cut again.
+    """
+
+    data: int = 2000
+    decisions: int = 200
+    cold_boots: int = 20
+    controls: float = 0.25
+    deep: int = 0
+
+
+class Progress(Protocol):
+    """What a live display is told."""
+
+    def exploring(self, what: str, states: int, classes: int) -> None:
+        """The engine goes on."""
+
+    def judging(self, judge: str, done: int, of: int) -> None:
+        """A judge goes on."""
+
+
+class Silence:
+    """A display that shows nothing."""
+
+    def exploring(self, what: str, states: int, classes: int) -> None:
+        """Ignored."""
+
+    def judging(self, judge: str, done: int, of: int) -> None:
+        """Ignored."""
+
+
+@define
+class Examiner:
+    """Examines one recording.
+
+    Attributes:
+        context: what is known of it.
+        machine: the machine to boot on; None: nothing is booted.
+        ears: what its console says.
+        progress: told what is done.
+        seed: of the samples.
+    """
+
+    context: Context
+    machine: Machine | None
+    ears: Ears
+    progress: Progress = field(factory=Silence)
+    seed: int = 0
+    workers: int = WORKERS
+
+    def explore(
+        self,
+        models: Sequence[CacheModel],
+        *,
+        exhaustive_up_to: int,
+        samples: int,
+    ) -> Exploration:
+        """Find the classes."""
+        return explore(
+            self.context.journal,
+            self.context.layout,
+            models,
+            exhaustive_up_to=exhaustive_up_to,
+            samples=samples,
+            seed=self.seed,
+            progress=self.progress.exploring,
+        )
+
+    def examine(
+        self, exploration: Exploration, judges: Iterable[str], bounds: Bounds
+    ) -> Examination:
+        """Judge what was found, by the judges named (`static` always)."""
+        wanted = set(judges)
+        context, machine = self.context, self.machine
+        work = _Work(self, Examination(exploration), StaticOracle(context), DataJudge(context))
+        if "data" in wanted:
+            work.check_data(bounds.data)
+        work.judge_statically()
+        if machine is not None and "uboot" in wanted:
+            decider = BootloaderJudge(context, work.oracle, machine, self.ears.boot)
+            work.boot(decider, _by_decision(exploration.classes), bounds.decisions, bounds.controls)
+        if machine is not None and "coldboot" in wanted:
+            booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
+            groups = [[c] for c in work.spread(exploration.classes)]
+            work.boot(booter, groups, bounds.cold_boots, bounds.controls)
+        if machine is not None and bounds.deep:
+            booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
+            work.cut_again(booter, work.spread(exploration.classes)[: bounds.deep])
+        return work.found
+
+
+@define
+class _Work:
+    """One examination under way."""
+
+    examiner: Examiner
+    found: Examination
+    oracle: StaticOracle
+    data: DataJudge
+
+    # -- the cheap judges --------------------------------------------------------------------
+
+    def check_data(self, limit: int) -> None:
+        """Every distinct data partition; of too many, the whole ones first, then at random."""
+        began = time.monotonic()
+        judge = self.data
+        distinct = {judge.key(c): c for c in self.found.exploration.classes}
+        chosen = list(distinct.values())
+        if len(chosen) > limit:
+            random.Random(self.examiner.seed).shuffle(chosen)  # noqa: S311 - no secret
+            chosen.sort(key=_damaged_data)
+        chosen = chosen[:limit]
+        for done, _ in enumerate(_each(judge.check, chosen, self.examiner.workers), 1):
+            self.examiner.progress.judging(judge.name, done, len(chosen))
+        self.found.counts.append(
+            JudgeCount(
+                judge=judge.name,
+                looked_at=len(judge.checked),
+                of=len(distinct),
+                unit="distinct data partitions",
+                violations=sum(not content.clean for content in judge.checked.values()),
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def judge_statically(self) -> None:
+        """Every class in every phase."""
+        began = time.monotonic()
+        classes = self.found.exploration.classes
+        for done, crash_class in enumerate(classes):
+            for when in self._phases(crash_class):
+                self._judge(self.oracle.name, crash_class, None, when)
+            if done % 64 == 0:
+                self.examiner.progress.judging(self.oracle.name, done, len(classes))
+        self.examiner.progress.judging(self.oracle.name, len(classes), len(classes))
+        self.found.counts.append(
+            JudgeCount(
+                judge=self.oracle.name,
+                looked_at=len(classes),
+                of=len(classes),
+                unit="classes, in every phase",
+                violations=len(self.found.violations),
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def _phases(self, crash_class: CrashClass) -> Iterator[tuple[Span, int]]:
+        """The phases in which power can fail so that the class results, each once."""
+        timeline = self.examiner.context.timeline
+        told: set[int] = set()
+        for span in crash_class.spans:
+            for phase in timeline.phases_within(span.first_sequence, span.last_sequence):
+                if phase not in told:
+                    told.add(phase)
+                    yield span, phase
+
+    def _judge(
+        self, name: str, crash_class: CrashClass, booted: Booted | None, when: tuple[Span, int]
+    ) -> None:
+        """One class in one phase; of a boot only what no cheaper judge said already."""
+        span, phase = when
+        checked = self.data.seen(crash_class, phase)
+        further: list[Event] = [] if checked is None else [checked]
+        if booted is not None and booted.seen is not None:
+            further.append(booted.seen)
+        verdict = self.oracle.judge(crash_class, phase, *further)
+        if booted is not None and (broken := self._promise_broken(booted, phase)):
+            verdict = with_finding(verdict, 7, broken)
+        known = self.found.verdicts.get((crash_class.key, phase))
+        told = () if known is None else known.violated
+        timeline = self.examiner.context.timeline
+        if booted is not None:
+            state = booted.state
+        elif phase == timeline.phase_at(span.last_sequence - 1):
+            state = span.latest
+        else:
+            state = span.earliest
+        fresh = [
+            Violation(
+                invariant=f.invariant,
+                evidence=f.evidence,
+                judge=name,
+                crash_class=crash_class,
+                phase=phase,
+                state=state,
+                span=span,
+                promised=timeline.describe(phase),
+            )
+            for f in verdict.findings
+            if f.held is False and f.invariant not in told
+        ]
+        self.found.violations.extend(fresh)
+        if known is None or fresh:
+            self.found.verdicts[crash_class.key, phase] = verdict
+
+    def spread(self, classes: Sequence[CrashClass]) -> list[CrashClass]:
+        """All classes, so ordered that a beginning of the list tells the most.
+
+        First one class for every bootloader decision in every phase, then the others at random.
+        """
+        first: list[CrashClass] = []
+        rest: list[CrashClass] = []
+        told: set[tuple[object, ...]] = set()
+        for crash_class in classes:
+            decision = _decision_key(crash_class)
+            pairs = {(decision, phase) for _, phase in self._phases(crash_class)}
+            (rest if pairs <= told else first).append(crash_class)
+            told |= pairs
+        random.Random(self.examiner.seed).shuffle(rest)  # noqa: S311 - no secret
+        return first + rest
+
+    def _promise_broken(self, booted: Booted, phase: int) -> str:
+        """How a start ended elsewhere than where an acknowledged installation had promised."""
+        context = self.examiner.context
+        ended = [e for e in context.timeline.events(phase) if isinstance(e, InstallEnded)]
+        if not ended or ended[-1].exit_code not in (EXIT_OK, EXIT_REBOOT_NEEDED):
+            return ""
+        image = context.images.get(ended[-1].artifact)
+        seen = booted.seen
+        if image is None or not image.healthy or seen is None or not seen.ready:
+            return ""
+        if seen.version == image.name:
+            return ""
+        return f"said that {image.name} is installed, and the next start ended in {seen.version}"
+
+    # -- the judges that boot ----------------------------------------------------------------
+
+    def boot(
+        self,
+        judge: BootloaderJudge | ColdBootJudge,
+        groups: Sequence[Sequence[CrashClass]],
+        limit: int,
+        control_share: float,
+    ) -> None:
+        """Boot one representative a group, then control samples, as far as `limit` goes."""
+        began = time.monotonic()
+        before = len(self.found.violations)
+        firsts = [(group[0], group[0].representative) for group in groups]
+        controls = [(c, state) for group in groups for c in group for state in c.samples]
+        controls += [(c, c.representative) for group in groups for c in group[1:]]
+        every = len(firsts) + len(controls)
+        random.Random(self.examiner.seed).shuffle(controls)  # noqa: S311 - no secret
+        room = max(limit - len(firsts), round(limit * control_share))
+        controls = controls[: max(0, room)]
+        jobs = firsts[: limit - len(controls)] + controls
+        differing = 0
+        with Workplace() as place:
+            results = _each(
+                lambda job: judge.boot(job[0], job[1], place),
+                jobs,
+                self.examiner.workers,
+                place.stop,
+            )
+            for done, booted in enumerate(results, 1):
+                self.found.boots.append(booted)
+                if booted.disagreement:
+                    differing += 1
+                    self.found.disagreements.append(booted)
+                if booted.seen is not None:
+                    for when in self._phases(booted.crash_class):
+                        self._judge(judge.name, booted.crash_class, booted, when)
+                self.examiner.progress.judging(judge.name, done, len(jobs))
+        self.found.counts.append(
+            JudgeCount(
+                judge=judge.name,
+                looked_at=len(jobs),
+                of=every,
+                unit="representatives and control samples",
+                controls=len(controls),
+                violations=len(self.found.violations) - before,
+                disagreements=differing,
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def cut_again(self, judge: ColdBootJudge, classes: Sequence[CrashClass]) -> None:
+        """Depth two of these classes."""
+        began = time.monotonic()
+        differing = 0
+        with Workplace() as place:
+            results = _each(
+                lambda c: cut_again(
+                    judge, self.examiner.ears, c, [phase for _, phase in self._phases(c)], place
+                ),
+                classes,
+                self.examiner.workers,
+                place.stop,
+            )
+            for done, result in enumerate(results, 1):
+                self.found.deep.append(result)
+                if result.booted.disagreement:
+                    differing += 1
+                    self.found.disagreements.append(result.booted)
+                self.examiner.progress.judging(DEPTH_TWO, done, len(classes))
+        self.found.counts.append(
+            JudgeCount(
+                judge=DEPTH_TWO,
+                looked_at=len(classes),
+                of=len(self.found.exploration.classes),
+                unit="classes' recoveries, all their cuts",
+                violations=sum(len(result.violations) for result in self.found.deep),
+                disagreements=differing,
+                seconds=time.monotonic() - began,
+            )
+        )
+
+
+def _damaged_data(crash_class: CrashClass) -> bool:
+    return any(f.damaged for f in crash_class.facts if f.role is Role.DATA)
+
+
+def _by_decision(classes: Sequence[CrashClass]) -> list[list[CrashClass]]:
+    """Classes grouped by all that a bootloader's decision depends on: all but the data."""
+    groups: dict[tuple[object, ...], list[CrashClass]] = {}
+    for crash_class in classes:
+        groups.setdefault(_decision_key(crash_class), []).append(crash_class)
+    return list(groups.values())
+
+
+def _decision_key(crash_class: CrashClass) -> tuple[object, ...]:
+    return tuple(f for f in crash_class.facts if f.role is not Role.DATA)
+
+
+def _each(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[R]:
+    """Results as they come, from `workers` threads.
+
+    At an error or an interrupt `stop` is called, so that what runs ends, and the rest is dropped.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+    waiting: set[Future[R]] = set()
+    rest = iter(items)
+    try:
+        while True:
+            for item in rest:
+                waiting.add(pool.submit(work, item))
+                if len(waiting) >= 2 * workers:
+                    break
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BaseException:
+        stop()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

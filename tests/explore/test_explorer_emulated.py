@@ -1,0 +1,83 @@
+"""A real update, recorded and cut everywhere; the real bootloader and boots agree."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from framework.explore.bundle import open_state, read_bundle
+from framework.explore.examine import Bounds
+from framework.explore.recording import Recording
+from framework.explorer import Wish, parse_models, run_boot_state, run_explore, run_record
+
+pytestmark = pytest.mark.emulated
+
+RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
+MODELS = ("kept", "prefix", "subset")
+TORN_SUPERBLOCK = frozenset({("prefix", 5, "")})
+"""ext4's superblock spans two sectors: a cut between them leaves no file system to mount."""
+
+
+def record(tmp_path, base: str, update: str) -> Path:
+    path = tmp_path / "x.recording"
+    return run_record(RIG, base, [update], path, Console(file=io.StringIO()))
+
+
+def explored(path, tmp_path, *, judges, bounds, models=MODELS):
+    out = io.StringIO()
+    wish = Wish(parse_models(models), 10, 200, 1, judges, bounds, accepted=TORN_SUPERBLOCK)
+    code = run_explore(
+        [path],
+        wish,
+        tmp_path / "bundles",
+        Console(file=out, width=200),
+        rig=RIG,
+        report=tmp_path / "report.html",
+        as_json=True,
+    )
+    return code, json.loads(out.getvalue())["recordings"][0]
+
+
+def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
+    path = record(tmp_path, "v1", "v2")
+    assert path.stat().st_size < 8 << 20
+    code, result = explored(
+        path,
+        tmp_path,
+        judges=("static", "data", "uboot", "coldboot"),
+        bounds=Bounds(data=60, decisions=8, cold_boots=2, deep=1),
+    )
+    assert result["disagreements"] == []
+    assert code == 0, result["violations"]
+    assert result["states"] > 50_000
+    judged = {row["judge"]: row for row in result["judges"]}
+    assert judged["uboot"]["looked_at"] == 8
+    assert judged["uboot"]["controls"] > 0
+    assert judged["coldboot"]["looked_at"] == 2
+    assert judged["depth two"]["looked_at"] == 1
+    report = (tmp_path / "report.html").read_text()
+    assert "<svg" in report
+    assert not any(sign in report for sign in ("src=", "href=", "url(", "<script", "@import"))
+
+
+def test_a_commit_that_is_acknowledged_too_early_is_caught_and_its_state_can_be_made_again(
+    tmp_path,
+):
+    path = record(tmp_path, "v1", "v2+early-acknowledgement")
+    code, result = explored(path, tmp_path, judges=("static",), bounds=Bounds())
+    assert code == 1
+    assert 3 in {row["invariant"] for row in result["violations"]}
+    folder = next(Path(b) for b in result["bundles"] if "invariant-3" in b)
+    bundle = read_bundle(folder)
+    assert bundle.why["invariant"] == 3
+    exported = tmp_path / "disk.img"
+    run_boot_state(folder, Console(file=io.StringIO()), export=exported)
+    with Recording(bundle.recording) as recording, open_state(bundle, recording) as disks:
+        disk = disks["vda"]
+        assert exported.stat().st_size == disk.size_bytes
+        with exported.open("rb") as file:
+            assert all(file.read(len(chunk)) == chunk for chunk in disk.chunks())
