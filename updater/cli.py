@@ -116,7 +116,10 @@ def open_client(config: Config) -> Client:
     from updater.device.client import Client, Ports  # noqa: PLC0415
     from updater.device.clock import SystemClock  # noqa: PLC0415
     from updater.device.health import HealthRunner  # noqa: PLC0415
+    from updater.device.modules import ModuleRunner  # noqa: PLC0415
     from updater.device.reboot import ExitCodeReboot  # noqa: PLC0415
+    from updater.device.scripts import ScriptRunner  # noqa: PLC0415
+    from updater.device.signals import limit  # noqa: PLC0415
     from updater.device.store import SqliteStore, database_path  # noqa: PLC0415
     from updater.device.transport import FileOrHttpsTransport  # noqa: PLC0415
 
@@ -131,6 +134,9 @@ def open_client(config: Config) -> Client:
             transport=FileOrHttpsTransport(config.ca_file, config.download, clock),
             reboot=ExitCodeReboot(),
             health=HealthRunner(config.health_directory, config.health_timeout_s),
+            scripts=ScriptRunner(config.scripts, config.data_dir, clock),
+            modules=ModuleRunner(config.modules, config.data_dir, config.device_type),
+            limit=limit,
         ),
     )
 

@@ -195,7 +195,7 @@ def test_an_unhealthy_system_is_left_with_its_cause(device: Device, update: str)
     device.sick()
     code, text = device("resume")
     assert code == 4
-    assert states(text) == ["ArtifactVerifyReboot", "ArtifactRollback"]
+    assert states(text) == ["ArtifactVerifyReboot", "ArtifactRollback", "ArtifactRollbackReboot"]
     cause = "health check 50-sick exited with 1: the sensor is dead"
     assert f"updater: error: {cause}\n" in text
     assert device.reboot() == "a"

@@ -41,6 +41,26 @@ class DownloadConfig(NamedTuple):
     backoff_ceiling_s: float = 30.0
 
 
+class ScriptsConfig(NamedTuple):
+    """State scripts: where the root file system's are, and their bounds in seconds."""
+
+    directory: str = "/etc/updater/scripts"
+    timeout_s: float = 3600.0
+    retry_interval_s: float = 60.0
+    retry_window_s: float = 1800.0
+
+
+class ModulesConfig(NamedTuple):
+    """Update modules: the directories that are searched, in order, and a call's bound."""
+
+    directories: tuple[str, ...] = (
+        "/etc/updater/modules/v3",
+        "/usr/share/mender/modules/v3",
+        f"{__file__.rpartition('/device/')[0]}/modules/v3",
+    )
+    timeout_s: float = 4 * 3600.0
+
+
 class Config(NamedTuple):
     """The whole configuration."""
 
@@ -55,6 +75,8 @@ class Config(NamedTuple):
     health_directory: str | None
     health_timeout_s: float
     download: DownloadConfig
+    scripts: ScriptsConfig = ScriptsConfig()
+    modules: ModulesConfig = ModulesConfig()
 
 
 def load_config(path: str = DEFAULT_PATH) -> Config:
@@ -85,6 +107,8 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
     trust = top.table("trust", optional=True)
     health = top.table("health", optional=True)
     download = top.table("download", optional=True)
+    scripts = top.table("scripts", optional=True)
+    modules = top.table("modules", optional=True)
     defaults = DownloadConfig()
     values = {
         "ca_file": tls.absolute("ca_file", optional=True),
@@ -100,10 +124,25 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
                 "backoff_ceiling_s", defaults.backoff_ceiling_s, 0.0, 3600.0
             ),
         ),
+        "scripts": _scripts(scripts),
+        "modules": ModulesConfig(
+            directories=modules.texts("directories") or ModulesConfig().directories,
+            timeout_s=modules.number("timeout_s", ModulesConfig().timeout_s, 1.0, 7 * 86400.0),
+        ),
     }
-    for table in (tls, trust, health, download):
+    for table in (tls, trust, health, download, scripts, modules):
         table.refuse_unknown()
     return values
+
+
+def _scripts(table: _Table) -> ScriptsConfig:
+    defaults = ScriptsConfig()
+    return ScriptsConfig(
+        directory=table.absolute("directory", optional=True) or defaults.directory,
+        timeout_s=table.number("timeout_s", defaults.timeout_s, 0.1, 86400.0),
+        retry_interval_s=table.number("retry_interval_s", defaults.retry_interval_s, 0.1, 86400.0),
+        retry_window_s=table.number("retry_window_s", defaults.retry_window_s, 0.0, 7 * 86400.0),
+    )
 
 
 def _slots(table: _Table) -> tuple[Slot, Slot]:
