@@ -111,6 +111,7 @@ class Parts:
             "artifact_provides": {"rootfs-image.version": "v2"},
             "clears_artifact_provides": ["rootfs-image.*"],
         }
+        self.files: list[tuple[str, bytes]] | None = None
         self.header_members: list[tuple[str, bytes]] | None = None
         self.data_tar: bytes | None = None
         self.data_packed: bytes | None = None
@@ -119,8 +120,13 @@ class Parts:
         self.omit: set[str] = set()
         self.extra: list[tuple[int, str, bytes]] = []
 
+    def listed_files(self) -> list[tuple[str, bytes]]:
+        """The payload's files as the manifest lists them."""
+        return [("rootfs.img", self.content)] if self.files is None else self.files
+
     def members(self) -> list[tuple[str, bytes]]:
         suffix = SUFFIXES[self.compression]
+        files = self.listed_files()
         inner = self.header_members or [
             ("header-info", json.dumps(self.header_info).encode()),
             ("headers/0000/type-info", json.dumps(self.type_info).encode()),
@@ -129,12 +135,12 @@ class Parts:
         header = pack(tar_of(inner), self.compression)
         data = self.data_packed
         if data is None:
-            data = pack(self.data_tar or tar_of([("rootfs.img", self.content)]), self.compression)
+            data = pack(self.data_tar or tar_of(files), self.compression)
         manifest = self.manifest
         if manifest is None:
             manifest = (
-                f"{sha256(self.content)}  data/0000/rootfs.img\n"
-                f"{sha256(header)}  header.tar{suffix}\n"
+                "".join(f"{sha256(content)}  data/0000/{name}\n" for name, content in files)
+                + f"{sha256(header)}  header.tar{suffix}\n"
                 f"{sha256(self.version)}  version\n"
             ).encode()
         members = [

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from updater.artifact.compression import SUFFIXES
 from updater.artifact.errors import ArtifactError
-from updater.artifact.reader import ArtifactReader
+from updater.artifact.metadata import type_words
+from updater.artifact.reader import ArtifactReader, PayloadFile
 from updater.artifact.writer import write_artifact
 
 
@@ -67,24 +68,23 @@ def _check(options: argparse.Namespace) -> None:
     try:
         with Path(options.file).open("rb", buffering=0) as file:
             reader = ArtifactReader(file, keys)
-            for _ in reader.payload:
-                pass
+            files = list(reader.files())
     except OSError as error:
         raise ArtifactError(f"{options.file}: {error.strerror}") from error
     if options.artifact_verb == "read":
-        sys.stdout.write(_describe(reader))
+        sys.stdout.write(_describe(reader, files))
     else:
         sys.stdout.write(f"{options.file}: valid{_signature_words(reader)}\n")
 
 
-def _describe(reader: ArtifactReader) -> str:
+def _describe(reader: ArtifactReader, files: list[PayloadFile]) -> str:
     lines = [
         f"name: {reader.artifact_name}",
         "format: mender, version 3",
         f"signature:{_signature_words(reader).lstrip(',') or ' none'}",
         f"device types: {', '.join(reader.header_info.device_types)}",
-        f"payload: {reader.payload_type}, {reader.payload.name}, {reader.payload.size} bytes",
-        f"sha256: {reader.payload.sha256}",
+        f"payload: {type_words(reader.payload_type)}",
+        *(f"file: {file.name}, {file.size} bytes, sha256 {file.sha256}" for file in files),
         *(f"provides: {key}={value}" for key, value in reader.provides.items()),
         *(f"clears: {pattern}" for pattern in reader.type_info.clears or ()),
         *(f"script: {name}" for name in reader.scripts),

@@ -18,6 +18,18 @@ from updater.artifact.tar import check_name
 VERSION = b'{"format":"mender","version":3}'
 ROOTFS_IMAGE = "rootfs-image"
 DEFAULT_CLEARS = ("artifact_group", "rootfs_image_checksum", "rootfs-image.*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9.,_-]{1,255}")
+_PAYLOAD_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_SCRIPT_NAME = re.compile(r"([A-Za-z]+)_(?:Enter|Leave|Error)_[0-9]{2}(?:_[^\s/]+)?")
+# The states whose scripts come in the artifact; those of Idle, Sync and Download are the device's.
+_SCRIPT_STATES = (
+    "ArtifactInstall",
+    "ArtifactReboot",
+    "ArtifactCommit",
+    "ArtifactRollback",
+    "ArtifactRollbackReboot",
+    "ArtifactFailure",
+)
 _MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 _MAX_MANIFEST_LINES = 10_000
 _MAX_TEXT = 4096
@@ -26,9 +38,13 @@ Depends = Mapping[str, tuple[str, ...]]
 
 
 class HeaderInfo(NamedTuple):
-    """`header-info`: what the artifact is and which devices may take it."""
+    """`header-info`: what the artifact is and which devices may take it.
 
-    payload_types: tuple[str, ...]
+    A payload type of None (JSON null) means that there is no payload: an artifact that only says
+    what a device runs, as `mender-artifact write bootstrap-artifact` makes them.
+    """
+
+    payload_types: tuple[str | None, ...]
     provides: Mapping[str, str]
     depends: Depends
 
@@ -69,9 +85,9 @@ def parse_version(content: bytes) -> None:
 def parse_manifest(content: bytes) -> dict[str, str]:
     """Return path → SHA-256 (hexadecimal) of every member that the manifest lists."""
     try:
-        text = content.decode("ascii")
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise ArtifactFormatError("manifest: not ASCII") from error
+        raise ArtifactFormatError("manifest: not UTF-8") from error
     lines = text.split("\n")
     if lines and lines[-1] == "":
         lines.pop()
@@ -93,8 +109,8 @@ def parse_manifest(content: bytes) -> dict[str, str]:
 
 
 def format_manifest(entries: Mapping[str, str]) -> bytes:
-    """Return the manifest's bytes, sorted by path as `mender-artifact` does."""
-    return "".join(f"{entries[name]}  {name}\n" for name in sorted(entries)).encode("ascii")
+    """Return the manifest's bytes, in the order of `entries`."""
+    return "".join(f"{checksum}  {name}\n" for name, checksum in entries.items()).encode()
 
 
 def parse_header_info(content: bytes) -> HeaderInfo:
@@ -103,12 +119,12 @@ def parse_header_info(content: bytes) -> HeaderInfo:
     payloads = value.get("payloads")
     if not isinstance(payloads, list) or not payloads:
         raise ArtifactFormatError("header-info: 'payloads' is missing or empty")
-    types = []
+    types: list[str | None] = []
     for payload in payloads:
-        kind = payload.get("type") if isinstance(payload, dict) else None
-        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", kind):
-            raise ArtifactFormatError(f"header-info: malformed payload type {kind!r}")
-        types.append(kind)
+        if not isinstance(payload, dict) or "type" not in payload:
+            raise ArtifactFormatError("header-info: a payload without a type")
+        kind = payload["type"]
+        types.append(None if kind is None else check_payload_type(kind))
     provides = _strings(value.get("artifact_provides"), "header-info: artifact_provides")
     depends = _lists(value.get("artifact_depends"), "header-info: artifact_depends")
     if not provides.get("artifact_name"):
@@ -129,7 +145,7 @@ def format_header_info(info: HeaderInfo) -> bytes:
     )
 
 
-def parse_type_info(content: bytes, payload_type: str) -> TypeInfo:
+def parse_type_info(content: bytes, payload_type: str | None) -> TypeInfo:
     """Parse `type-info`. `mender-artifact` 3.9 leaves the type empty for rootfs images."""
     value = _object(content, "type-info")
     kind = value.get("type")
@@ -145,16 +161,70 @@ def parse_type_info(content: bytes, payload_type: str) -> TypeInfo:
     )
 
 
-def format_type_info(info: TypeInfo, payload_type: str) -> bytes:
-    """Return `type-info` as compact JSON."""
+def format_type_info(info: TypeInfo, payload_type: str | None) -> bytes:
+    """Return `type-info` as compact JSON; a single value a key stands without its list."""
     value: dict[str, object] = {"type": payload_type}
-    if info.provides:
-        value["artifact_provides"] = dict(info.provides)
     if info.depends:
-        value["artifact_depends"] = {key: list(values) for key, values in info.depends.items()}
+        value["artifact_depends"] = {
+            key: values[0] if len(values) == 1 else list(values)
+            for key, values in sorted(info.depends.items())
+        }
+    if info.provides:
+        value["artifact_provides"] = dict(sorted(info.provides.items()))
     if info.clears is not None:
         value["clears_artifact_provides"] = list(info.clears)
     return _compact(value)
+
+
+def parse_meta_data(content: bytes) -> dict[str, Any]:
+    """Parse a payload's `meta-data`: nothing, or one JSON object."""
+    return _object(content, "meta-data") if content.strip() else {}
+
+
+def format_meta_data(value: Mapping[str, Any]) -> bytes:
+    """Return `meta-data` as compact JSON with sorted keys, as `mender-artifact` writes it."""
+    try:
+        text = json.dumps(
+            value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, sort_keys=True
+        )
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactFormatError(f"meta-data: not JSON ({error})") from error
+
+
+def check_payload_type(value: object) -> str:
+    """Refuse a payload type that is no plain name: it becomes the name of a program."""
+    if not isinstance(value, str) or _PAYLOAD_TYPE.fullmatch(value) is None:
+        raise ArtifactFormatError(
+            f"malformed payload type {value!r}: a letter or digit, then up to 63 of"
+            " letters, digits, '_', '.' and '-'"
+        )
+    return value
+
+
+def check_file_name(name: str, where: str) -> str:
+    """Refuse a payload file's name that `mender-artifact` would not write: it goes to modules."""
+    if _FILE_NAME.fullmatch(name) is None or name in (".", ".."):
+        raise ArtifactFormatError(
+            f"{where}: {name[:80]!r} is not a plain file name; letters, digits and '.,_-' are"
+        )
+    return name
+
+
+def type_words(payload_type: str | None) -> str:
+    """Return a payload type for a message."""
+    return "none" if payload_type is None else payload_type
+
+
+def check_script_name(name: str) -> str:
+    """Refuse a state script whose name is not `State_Action_NN[_text]` of an artifact's state."""
+    match = _SCRIPT_NAME.fullmatch(name)
+    if match is None or match[1] not in _SCRIPT_STATES or not name.isprintable():
+        raise ArtifactFormatError(
+            f"script {name[:80]!r}: not named State_Action_NN[_text] with a state of"
+            f" {', '.join(_SCRIPT_STATES)} and an action of Enter, Leave, Error"
+        )
+    return name
 
 
 def check_text(value: str, what: str) -> str:

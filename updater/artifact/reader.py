@@ -4,21 +4,28 @@
 
 What has been verified when: the signature covers the manifest and is checked as soon as
 manifest.sig was read, before the header; `version` and the compressed header are compared with
-the manifest before the header is parsed; payload bytes are released as they stream and their
-SHA-256 is compared when the last one was read, together with the rest of the archive (padding,
-end marks, nothing behind). Only when `Payload.readinto` has returned 0 is the artifact whole: a
-consumer must not activate anything earlier.
+the manifest before the header is parsed, so header, scripts and meta-data are authentic once the
+constructor returned. Payload bytes are released as they stream; a file's SHA-256 is compared
+behind its last byte, and behind the last file so is the rest of the archive (padding, end marks,
+nothing after them). Only when `ArtifactReader.complete` is True is the artifact whole: a consumer
+must not activate anything earlier.
 
-Memory is constant: one tar block, the bounded texts (`Limits`), and a decompressor's window.
-Not handled, and refused by name: augmented sections, several payloads, payload types other than
-rootfs-image. State scripts are listed, not run.
+    reader = ArtifactReader(stream, keys)
+    check_compatible(reader, device_type, provides)
+    for file in reader.files():           # or: reader.payload, for a root file system image
+        while count := file.readinto(buffer): ...
+    assert reader.complete
+
+Memory is constant: one tar block, the bounded texts and scripts (`Limits`), and a decompressor's
+window. Refused by name: several payloads in one artifact, and augmented sections, because no
+signature covers them. Scripts are handed out, not run; meta-data is checked to be JSON, no more.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from updater.artifact import metadata
@@ -27,6 +34,7 @@ from updater.artifact.errors import (
     ArtifactError,
     ArtifactFormatError,
     ArtifactIntegrityError,
+    ArtifactLimitError,
     ArtifactSignatureError,
 )
 from updater.artifact.tar import Member, Readable, TarReader
@@ -34,17 +42,24 @@ from updater.artifact.tar import Member, Readable, TarReader
 if TYPE_CHECKING:
     from updater.artifact.signature import PublicKey
 
-_SCRIPT_NAME = re.compile(r"scripts/[A-Za-z]+_(?:Enter|Leave|Error)_[0-9]{2}(?:_[A-Za-z0-9_.-]+)?")
+_SKIP_BYTES = 256 * 1024
+_DATA = "data/0000.tar"
 
 
 class Limits(NamedTuple):
-    """Upper bounds in bytes of what is held in memory."""
+    """Upper bounds, in bytes unless the name says otherwise.
+
+    All but `payload_total` bound what is held in memory; `payload_total` bounds the sum of the
+    payload files' declared sizes, so that a caller can refuse what its disk cannot hold.
+    """
 
     manifest: int = 1024 * 1024
     signature: int = 4096
     compressed_header: int = 4 * 1024 * 1024
     header_member: int = 4 * 1024 * 1024
     header_total: int = 16 * 1024 * 1024
+    header_member_count: int = 1000
+    payload_total: int = 1 << 40
 
 
 class ArtifactReader:
@@ -53,8 +68,23 @@ class ArtifactReader:
     `stream` is any object with `readinto(memoryview) -> int`, for example a binary file or a
     download. With `trusted_keys`, an artifact without a valid signature of one of them is
     refused; without keys a signature is not looked at (`signed` says whether there is one).
-    The constructor reads everything before the payload; `payload` is then ready to stream.
-    Raises ArtifactError and its kinds.
+    The constructor reads everything before the payload; then the payload is taken once, through
+    `files()` or, for a root file system image, through `payload`. Raises ArtifactError and its
+    kinds; after one of them the reader is of no more use.
+
+    Attributes:
+        signed: there is a signature.
+        verified: it was made by one of the trusted keys.
+        complete: every byte of the artifact was read and found right.
+        header_info: the artifact's name, device types, group, what it provides and needs.
+        type_info: what the payload provides, needs and clears.
+        payload_type: "rootfs-image", or the name of the update module; None for an artifact
+            without a payload (`bootstrap-artifact`). Never holds a slash or a leading dot.
+        scripts: file name → content of the state scripts, in the order in which they came.
+        header_files: "header-info", "type-info" and "meta-data" (empty when there is none) as
+            they came, byte for byte: what update modules get to see.
+        meta_data: the payload's meta-data, parsed.
+        header_compression: "none", "gzip", "xz" or "zstd".
     """
 
     def __init__(
@@ -67,9 +97,13 @@ class ArtifactReader:
         self._outer = TarReader(stream, "artifact")
         self._unread: set[str] = set()
         self._manifest: dict[str, str] = {}
+        self._data: TarReader | None = None
+        self._file: PayloadFile | None = None
+        self._image: PayloadFile | None = None
+        self._payload_total = 0
         self.signed = False
         self.verified = False
-        self.scripts: tuple[str, ...] = ()
+        self.complete = False
 
         self._read_version_and_manifest()
         member = self._next("manifest.sig or header.tar")
@@ -80,12 +114,16 @@ class ArtifactReader:
             raise ArtifactSignatureError("the artifact is not signed, but trusted keys are set")
         self._refuse_augmented(member)
         self._read_header(member)
-        self.payload = self._open_payload()
 
     @property
     def manifest(self) -> dict[str, str]:
         """Path → SHA-256 of every listed member."""
         return dict(self._manifest)
+
+    @property
+    def manifest_bytes(self) -> bytes:
+        """The manifest as it came: what a signature covers."""
+        return self._manifest_bytes
 
     @property
     def artifact_name(self) -> str:
@@ -96,6 +134,34 @@ class ArtifactReader:
     def provides(self) -> dict[str, str]:
         """All that the artifact provides: artifact_name, group, and the payload's keys."""
         return {**self.header_info.provides, **self.type_info.provides}
+
+    @property
+    def payload(self) -> PayloadFile:
+        """The image of a rootfs-image payload; ArtifactError for any other payload type.
+
+        An image's size is known before its first byte. Its `readinto` returns 0 only when the
+        whole artifact was found right.
+        """
+        if self.payload_type != metadata.ROOTFS_IMAGE:
+            raise ArtifactError(
+                f"{self.artifact_name} holds a payload of type"
+                f" {metadata.type_words(self.payload_type)}, not a rootfs-image"
+            )
+        self._open_data()
+        assert self._image is not None
+        return self._image
+
+    def files(self) -> Iterator[PayloadFile]:
+        """Yield the payload's files in the order in which they come; there may be none.
+
+        Each is a stream that must be read before the next is asked for; what is left of it then
+        is read and checked, but not handed out. When the iteration ends by itself, `complete`
+        is True. Memory does not depend on the files' number or size.
+        """
+        self._open_data()
+        while (file := self._file) is not None:
+            yield file
+            file.skip()
 
     def _next(self, expected: str) -> Member:
         member = self._outer.next()
@@ -128,7 +194,9 @@ class ArtifactReader:
 
     def _refuse_augmented(self, member: Member) -> None:
         if member.name == "manifest-augment" or member.name.startswith("header-augment.tar"):
-            raise ArtifactFormatError(f"artifact: augmented sections ({member.name}) are refused")
+            raise ArtifactFormatError(
+                f"artifact: {member.name}: augmented sections are refused, no signature covers them"
+            )
 
     def _check(self, name: str, checksum: str) -> None:
         expected = self._manifest.get(name)
@@ -146,26 +214,36 @@ class ArtifactReader:
             raise ArtifactFormatError(f"artifact: {member.name!r} where header.tar should be")
         if member.name not in self._manifest:
             raise ArtifactFormatError(f"artifact: {member.name!r} is not listed in the manifest")
+        self.header_compression = compression
         content = self._outer.read_all(member, self._limits.compressed_header)
         self._check(member.name, hashlib.sha256(content).hexdigest())
-        tar = TarReader(decompressor(compression, _Memory(content), member.name), member.name)
+        tar = TarReader(decompressor(compression, Memory(content), member.name), member.name)
         files = self._header_members(tar)
-        self.header_info = metadata.parse_header_info(files.pop("header-info"))
+        raw_info = files.pop("header-info")
+        self.header_info = metadata.parse_header_info(raw_info)
         if len(self.header_info.payload_types) != 1:
             raise ArtifactFormatError("artifacts with several payloads are not supported")
         self.payload_type = self.header_info.payload_types[0]
-        if self.payload_type != metadata.ROOTFS_IMAGE:
-            raise ArtifactFormatError(f"payload type {self.payload_type!r} is not supported")
-        type_info = files.pop("headers/0000/type-info", None)
-        if type_info is None:
+        raw_type = files.pop("headers/0000/type-info", None)
+        if raw_type is None:
             raise ArtifactFormatError("header: headers/0000/type-info is missing")
-        self.type_info = metadata.parse_type_info(type_info, self.payload_type)
-        if files.pop("headers/0000/meta-data", b"").strip():
-            raise ArtifactFormatError("header: a rootfs-image payload has no meta-data")
-        self.scripts = tuple(name.removeprefix("scripts/") for name in files)
+        self.type_info = metadata.parse_type_info(raw_type, self.payload_type)
+        raw_meta = files.pop("headers/0000/meta-data", b"")
+        self.meta_data = metadata.parse_meta_data(raw_meta)
+        if raw_meta.strip() and self.payload_type in (metadata.ROOTFS_IMAGE, None):
+            raise ArtifactFormatError(
+                f"header: a payload of type {metadata.type_words(self.payload_type)}"
+                " has no meta-data"
+            )
+        self.header_files: Mapping[str, bytes] = MappingProxyType(
+            {"header-info": raw_info, "type-info": raw_type, "meta-data": raw_meta}
+        )
+        self.scripts: Mapping[str, bytes] = MappingProxyType(
+            {name.removeprefix("scripts/"): content for name, content in files.items()}
+        )
 
     def _header_members(self, tar: TarReader) -> dict[str, bytes]:
-        """Read the header archive: fixed order, known names, bounded in sum."""
+        """Read the header archive: fixed order, known names, bounded in number and in sum."""
         files: dict[str, bytes] = {}
         total = 0
         rank_before = -1
@@ -178,9 +256,11 @@ class ArtifactReader:
             if rank < rank_before:
                 raise ArtifactFormatError(f"header: {member.name!r} is out of order")
             rank_before = rank
+            if len(files) == self._limits.header_member_count:
+                raise ArtifactLimitError(f"header: more than {len(files)} members")
             total += member.size
             if total > self._limits.header_total:
-                raise ArtifactFormatError(
+                raise ArtifactLimitError(
                     f"header: more than {self._limits.header_total} bytes unpacked"
                 )
             files[member.name] = tar.read_all(member, self._limits.header_member)
@@ -191,123 +271,156 @@ class ArtifactReader:
         tar.finish()
         return files
 
-    def _open_payload(self) -> Payload:
-        member = self._next("data/0000.tar")
-        compression = compression_of(member.name, "data/0000.tar")
+    def _open_data(self) -> None:
+        """Go to the payload's first file, unless that was done before."""
+        if self._data is not None:
+            return
+        member = self._next(_DATA)
+        compression = compression_of(member.name, _DATA)
         if compression is None:
-            raise ArtifactFormatError(f"artifact: {member.name!r} where data/0000.tar should be")
-        tar = TarReader(decompressor(compression, self._outer, member.name), member.name)
-        file = tar.next()
-        if file is None:
+            raise ArtifactFormatError(f"artifact: {member.name!r} where {_DATA} should be")
+        self.payload_compression = compression
+        self._data_name = member.name
+        self._data = TarReader(decompressor(compression, self._outer, member.name), member.name)
+        self._advance()
+        self._image = self._file
+        if self._file is None and self.payload_type == metadata.ROOTFS_IMAGE:
             raise ArtifactFormatError(f"{member.name}: empty")
-        if "/" in file.name:
-            raise ArtifactFormatError(f"{member.name}: {file.name!r} is not a plain file name")
-        if f"data/0000/{file.name}" not in self._manifest:
-            raise ArtifactFormatError(f"{member.name}: {file.name!r} is not listed in the manifest")
-        return Payload(self, tar, file, member)
 
-    def _finish(self, payload: Payload, checksum: str) -> None:
-        """Check what can only be known after the last payload byte."""
-        inner = payload.tar
-        extra = inner.next()
-        if extra is not None:
-            raise ArtifactFormatError(f"{inner_name(payload)}: second file {extra.name!r}")
-        inner.finish()
-        self._check(f"data/0000/{payload.name}", checksum)
-        _drain_nothing(self._outer, payload.member)
+    def _advance(self) -> None:
+        """Go to the payload's next file; behind the last one, check what is left."""
+        assert self._data is not None
+        before, self._file = self._file, None
+        member = self._data.next()
+        if member is None:
+            self._finish()
+            return
+        where = self._data_name
+        metadata.check_file_name(member.name, where)
+        if self.payload_type is None:
+            raise ArtifactFormatError(f"{where}: {member.name!r} in an artifact without payload")
+        if self.payload_type == metadata.ROOTFS_IMAGE:
+            if before is not None:
+                raise ArtifactFormatError(f"{where}: second file {member.name!r} in a rootfs-image")
+            if member.size == 0:
+                raise ArtifactFormatError(f"{where}: {member.name!r} is empty")
+        path = f"data/0000/{member.name}"
+        if path not in self._manifest:
+            raise ArtifactFormatError(f"{where}: {member.name!r} is not listed in the manifest")
+        if path not in self._unread:
+            raise ArtifactFormatError(f"{where}: {member.name!r} occurs twice")
+        self._payload_total += member.size
+        if self._payload_total > self._limits.payload_total:
+            raise ArtifactLimitError(
+                f"{where}: {member.name!r} brings the payload to {self._payload_total} bytes,"
+                f" at most {self._limits.payload_total} are allowed"
+            )
+        self._file = PayloadFile(self, self._data, member, self._manifest[path])
+
+    def _file_ended(self, file: PayloadFile, checksum: str) -> None:
+        self._check(f"data/0000/{file.name}", checksum)
+        self._advance()
+
+    def _finish(self) -> None:
+        """Check what can only be known behind the last payload byte."""
+        assert self._data is not None
+        self._data.finish()
+        if self._outer.readinto(memoryview(bytearray(1))):
+            raise ArtifactFormatError(f"{self._data_name}: data after the compressed stream")
         after = self._outer.next()
         if after is not None:
             raise ArtifactFormatError(f"artifact: unexpected member {after.name!r} at the end")
         self._outer.finish()
         if self._unread:
-            missing = ", ".join(sorted(self._unread))
+            missing = ", ".join(sorted(self._unread)[:5])
             raise ArtifactFormatError(f"artifact: listed in the manifest but absent: {missing}")
+        self.complete = True
 
 
-class Payload:
-    """The image: its name, its size, and its bytes, once.
+class PayloadFile:
+    """One file of the payload: its name, its size in bytes, its SHA-256, and its bytes, once.
 
-    `readinto` returns 0 only after the SHA-256 and the rest of the artifact were found right;
-    any defect raises. Iterating yields the same bytes in pieces that are valid until the next.
+    `readinto` returns 0 only after the file's SHA-256 was found right, and, for the last file,
+    the rest of the artifact too; any defect raises. Iterating yields the same bytes in pieces
+    that are valid until the next. The name is a plain file name: no slash, not `.` or `..`.
     """
 
-    def __init__(
-        self, reader: ArtifactReader, tar: TarReader, file: Member, member: Member
-    ) -> None:
-        self.name = file.name
-        self.size = file.size
-        self.sha256 = reader.manifest[f"data/0000/{file.name}"]
-        self.tar = tar
-        self.member = member
-        self._reader = reader
-        self._digest = hashlib.sha256()
-        self._left = file.size
+    def __init__(self, reader: ArtifactReader, tar: TarReader, member: Member, sha256: str) -> None:
+        self.name = member.name
+        self.size = member.size
+        self.sha256 = sha256
         self.complete = False
+        self._reader = reader
+        self._tar = tar
+        self._digest = hashlib.sha256()
+        self._left = member.size
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Read the next bytes into `buffer`; 0 when the whole artifact was found valid."""
+        """Read at least one byte into `buffer`; 0 when all were read and found right."""
         if self.complete:
             return 0
         assert len(buffer), "an empty buffer would look like the end"
         if self._left:
-            count = self.tar.readinto(buffer)
+            count = self._tar.readinto(buffer)
             self._digest.update(buffer[:count])
             self._left -= count
             return count
-        self._reader._finish(self, self._digest.hexdigest())
+        self._reader._file_ended(self, self._digest.hexdigest())
         self.complete = True
         return 0
 
+    def skip(self) -> None:
+        """Read what is left, check it and throw it away."""
+        if not self.complete:
+            buffer = memoryview(bytearray(_SKIP_BYTES))
+            while self.readinto(buffer):
+                pass
+
     def __iter__(self) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(256 * 1024))
+        buffer = memoryview(bytearray(_SKIP_BYTES))
         while count := self.readinto(buffer):
             yield buffer[:count]
 
 
-class _Memory:
+class Memory:
     """Bytes as a `Readable`."""
 
     def __init__(self, content: bytes) -> None:
         self._content = memoryview(content)
 
     def readinto(self, buffer: memoryview, /) -> int:
+        """Fill as much of `buffer` as there is; 0 at the end."""
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
 
 
-def inner_name(payload: Payload) -> str:
-    """Return the archive's name that holds `payload`."""
-    return payload.member.name
-
-
-def _drain_nothing(outer: TarReader, member: Member) -> None:
-    """The compressed stream must fill its member exactly."""
-    if outer.readinto(memoryview(bytearray(1))):
-        raise ArtifactFormatError(f"{member.name}: data after the compressed stream")
-
-
 def _header_rank(name: str) -> int | None:
     if name == "header-info":
         return 0
-    if _SCRIPT_NAME.fullmatch(name):
+    if name.startswith("scripts/"):
+        metadata.check_script_name(name.removeprefix("scripts/"))
         return 1
     return {"headers/0000/type-info": 2, "headers/0000/meta-data": 3}.get(name)
 
 
-def check_compatible(reader: ArtifactReader, device_type: str, provides: dict[str, str]) -> None:
-    """Refuse an artifact that is not for this device or not for what runs on it."""
+def check_compatible(reader: ArtifactReader, device_type: str, provides: Mapping[str, str]) -> None:
+    """Refuse an artifact that is not for this device or not for what runs on it.
+
+    `provides` is what the device's committed software provides; `artifact_name` and
+    `artifact_group` among them. Every key of both `artifact_depends` must be provided with one of
+    its values. Raises ArtifactError, which says what is needed and what there is.
+    """
     if device_type not in reader.header_info.device_types:
         raise ArtifactError(
             f"{reader.artifact_name} is for device type "
             f"{', '.join(reader.header_info.device_types)}; this is {device_type}"
         )
+    here = {**provides, "device_type": device_type}
     for depends in (reader.header_info.depends, reader.type_info.depends):
         for key, allowed in depends.items():
-            if key == "device_type":
-                continue
-            have = provides.get(key)
+            have = here.get(key)
             if have not in allowed:
                 raise ArtifactError(
                     f"{reader.artifact_name} needs {key} to be {' or '.join(allowed)}; "

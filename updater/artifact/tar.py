@@ -203,21 +203,40 @@ def check_name(name: str, where: str) -> None:
 
 
 def header(name: str, size: int) -> bytes:
-    """Return the ustar header block of a regular file, with constant metadata."""
+    """Return the header of a regular file, with constant metadata.
+
+    One ustar block; a name of more than 100 bytes has a pax header before it, and a size of 8 GiB
+    or more is a base-256 number, so that a block written ahead always has room for it.
+    """
+    check_name(name, "writing")
     raw = name.encode()
-    if len(raw) > 100:
-        raise ArtifactFormatError(f"member name {name!r} is longer than 100 bytes")
-    if size >= 1 << 33:
-        raise ArtifactLimitError(f"{name} is {size} bytes; this writer's limit is 8 GiB")
+    if len(raw) <= 100:
+        return _block(raw, size, b"0")
+    record = b" path=" + raw + b"\n"
+    length = len(record) + 3
+    assert 100 <= length <= 999
+    record = b"%d" % length + record
+    return (
+        _block(b"PaxHeaders.0/path", len(record), b"x")
+        + record
+        + padding(len(record))
+        + _block(raw[:100], size, b"0")
+    )
+
+
+def _block(name: bytes, size: int, kind: bytes) -> bytes:
     block = bytearray(BLOCK)
-    block[0 : len(raw)] = raw
+    block[0 : len(name)] = name
     block[100:108] = b"0000600\0"
     block[108:116] = b"0000000\0"
     block[116:124] = b"0000000\0"
-    block[124:136] = b"%011o\0" % size
+    if size < 1 << 33:
+        block[124:136] = b"%011o\0" % size
+    else:
+        block[124:136] = b"\x80" + size.to_bytes(11, "big")
     block[136:148] = b"00000000000\0"
     block[148:156] = b"        "
-    block[156:157] = b"0"
+    block[156:157] = kind
     block[257:265] = b"ustar\x0000"
     block[329:337] = b"0000000\0"
     block[337:345] = b"0000000\0"

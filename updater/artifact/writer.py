@@ -1,20 +1,26 @@
-"""Streaming, deterministic writer of Artifact v3 with a rootfs-image payload.
+"""Streaming, deterministic writer of Artifact v3: root file system images and module payloads.
 
-Two passes over the image: one for its SHA-256, which the manifest needs before any payload byte,
-and one that compresses it into place. The file is written under a temporary name, synced, and
-renamed, so that a half-written artifact never has the final name. Same inputs give the same
-bytes: metadata is constant, compressors run on one thread, and ECDSA signing follows RFC 6979
-where the `cryptography` library can (otherwise manifest.sig alone differs between runs).
+Two passes over each payload file: one for its SHA-256, which the manifest needs before any payload
+byte, and one that compresses it into place; a file that changed in between is an error. The
+artifact is written under a temporary name, synced, and renamed, so that a half-written one never
+has the final name. Same inputs give the same bytes: metadata is constant, files and scripts keep
+the order in which they are given, compressors run on one thread, and ECDSA signing follows RFC
+6979 where the `cryptography` library can (otherwise manifest.sig alone differs between runs).
+
+What a payload provides and clears by default is what `mender-artifact` 3.9 writes (observed, see
+`tests/peers/`), but for `type` in a root file system's type-info, which 3.9 leaves empty.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from updater.artifact import metadata, tar
 from updater.artifact.compression import SUFFIXES, compressor
@@ -24,14 +30,39 @@ if TYPE_CHECKING:
     from updater.artifact.signature import PrivateKey
 
 _CHUNK_BYTES = 1024 * 1024
+_MAX_SCRIPT_BYTES = 4 * 1024 * 1024
+_HEADER_DEPENDS = ("artifact_name", "device_type", "artifact_group")
 
 
-class _Image(NamedTuple):
-    """The payload's source and what the first pass found."""
+class Software(NamedTuple):
+    """The version that a payload provides, as `FILESYSTEM[.NAME].version`.
+
+    `name` defaults to nothing for images and to the module's name for modules; `version` to the
+    artifact's name.
+    """
+
+    filesystem: str = metadata.ROOTFS_IMAGE
+    name: str | None = None
+    version: str | None = None
+
+
+DEFAULT_SOFTWARE = Software()
+
+
+class Packing(NamedTuple):
+    """How an artifact is packed: signing key, compression, level (None: the default)."""
+
+    key: PrivateKey | None = None
+    compression: str = "zstd"
+    level: int | None = None
+
+
+class _File(NamedTuple):
+    """A payload file's source and what the first pass found."""
 
     path: Path
     size: int
-    checksum: str
+    sha256: str
 
 
 def write_artifact(
@@ -43,105 +74,315 @@ def write_artifact(
     key: PrivateKey | None = None,
     compression: str = "zstd",
     level: int | None = None,
+    group: str | None = None,
     provides: Mapping[str, str] | None = None,
     depends: Mapping[str, Sequence[str]] | None = None,
-    clears: Sequence[str] = metadata.DEFAULT_CLEARS,
+    clears: Sequence[str] = (),
+    default_clears: bool = True,
+    software: Software | None = DEFAULT_SOFTWARE,
+    checksum_key: str | None = "rootfs-image.checksum",
+    scripts: Sequence[Path | str] = (),
 ) -> None:
-    """Write `image` as the artifact `name` to `output`.
+    """Write the root file system `image` as the artifact `name` to `output`.
 
-    `provides` and `depends` are added to the payload's own (`rootfs-image.checksum`,
-    `rootfs-image.version`); `depends` may hold `artifact_name` and `artifact_group` too, which
-    go to the header. Raises ArtifactError when an input is unusable or the disk is full.
+    Args:
+        output: the file to write; replaced only by a whole artifact.
+        image: the root file system; not empty.
+        name: the artifact's name.
+        device_types: the device types that may install it; at least one.
+        key: signs the artifact.
+        compression: "none", "gzip", "xz" or "zstd", for header and payload.
+        level: the compression's level.
+        group: the group that the artifact provides.
+        provides: more that the payload provides; overrides the defaults.
+        depends: what a device must provide; `artifact_name` and `artifact_group` go to the
+            header, the rest to the payload.
+        clears: patterns of what the payload clears, before the default ones.
+        default_clears: add the default patterns (they need `software`).
+        software: the version key; None for none.
+        checksum_key: what the image's SHA-256 is provided as; None for nothing.
+        scripts: files named `State_Action_NN[_text]`.
+
+    Raises:
+        ArtifactError: an input is unusable, or the disk is full.
     """
-    output, image = Path(output), Path(image)
+    image = Path(image)
+    with _readable_errors(output):
+        file = _hash_file(image)
+        if file.size == 0:
+            raise ArtifactError(f"{image}: empty")
+        own: dict[str, str] = {}
+        if checksum_key is not None:
+            own[checksum_key] = file.sha256
+        prefix = None
+        if software is not None:
+            prefix = _prefix(software, software.name)
+            own[f"{prefix}.version"] = software.version or name
+        defaults: Sequence[str] = ()
+        if prefix is not None and default_clears:
+            whole = prefix == metadata.ROOTFS_IMAGE
+            defaults = metadata.DEFAULT_CLEARS if whole else [f"{prefix}.*"]
+        _write(
+            output,
+            [file],
+            meta_data=b"",
+            info=_header_info(metadata.ROOTFS_IMAGE, name, device_types, group, depends),
+            type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
+            scripts=scripts,
+            packing=Packing(key, compression, level),
+        )
+
+
+def write_module_artifact(
+    output: Path | str,
+    files: Sequence[Path | str],
+    *,
+    payload_type: str,
+    name: str,
+    device_types: Sequence[str],
+    meta_data: Mapping[str, Any] | None = None,
+    key: PrivateKey | None = None,
+    compression: str = "zstd",
+    level: int | None = None,
+    group: str | None = None,
+    provides: Mapping[str, str] | None = None,
+    depends: Mapping[str, Sequence[str]] | None = None,
+    clears: Sequence[str] = (),
+    default_clears: bool = True,
+    software: Software | None = DEFAULT_SOFTWARE,
+    scripts: Sequence[Path | str] = (),
+) -> None:
+    """Write `files` as an artifact for the update module `payload_type`.
+
+    `meta_data` is any JSON object that the module understands; None writes none. The other
+    arguments are those of `write_artifact`. Raises ArtifactError.
+    """
+    metadata.check_payload_type(payload_type)
+    if payload_type == metadata.ROOTFS_IMAGE:
+        raise ArtifactError("a rootfs-image is no module payload: write it as a rootfs-image")
+    with _readable_errors(output):
+        own = {}
+        defaults = []
+        if software is not None:
+            prefix = _prefix(software, software.name or payload_type)
+            own[f"{prefix}.version"] = software.version or name
+            defaults = [f"{prefix}.*"] if default_clears else []
+        _write(
+            output,
+            [_hash_file(Path(path)) for path in files],
+            meta_data=None if meta_data is None else metadata.format_meta_data(meta_data),
+            info=_header_info(payload_type, name, device_types, group, depends),
+            type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
+            scripts=scripts,
+            packing=Packing(key, compression, level),
+        )
+
+
+def write_bootstrap_artifact(
+    output: Path | str,
+    *,
+    name: str,
+    device_types: Sequence[str],
+    key: PrivateKey | None = None,
+    compression: str = "zstd",
+    level: int | None = None,
+    group: str | None = None,
+    provides: Mapping[str, str] | None = None,
+    depends: Mapping[str, Sequence[str]] | None = None,
+    clears: Sequence[str] = (),
+) -> None:
+    """Write an artifact without a payload, which says what a device was provisioned with."""
+    with _readable_errors(output):
+        _write(
+            output,
+            [],
+            meta_data=None,
+            info=_header_info(None, name, device_types, group, depends),
+            type_info=_type_info(provides or {}, depends, clears),
+            scripts=(),
+            packing=Packing(key, compression, level),
+        )
+
+
+def sign_artifact(
+    source: Path | str, output: Path | str, key: PrivateKey, *, replace: bool = False
+) -> None:
+    """Write `source` with a signature of `key` to `output`, which may be `source` itself.
+
+    The whole artifact is read and checked first. All but the signature is copied byte for byte.
+    Raises ArtifactError; also when there is a signature and `replace` is False.
+    """
+    from updater.artifact.reader import ArtifactReader  # noqa: PLC0415
+    from updater.artifact.signature import sign  # noqa: PLC0415
+
+    with _readable_errors(output), Path(source).open("rb") as file:
+        reader = ArtifactReader(file)
+        if reader.signed and not replace:
+            raise ArtifactError(f"{source}: is signed already; --force replaces the signature")
+        for _ in reader.files():
+            pass
+        front = (
+            tar.member("version", metadata.VERSION)
+            + tar.member("manifest", reader.manifest_bytes)
+            + tar.member("manifest.sig", sign(reader.manifest_bytes, key))
+        )
+        file.seek(_offset_behind_signature(file))
+        with _replacing(Path(output)) as written:
+            written.write(front)
+            while chunk := file.read(_CHUNK_BYTES):
+                written.write(chunk)
+
+
+def _offset_behind_signature(file: io.BufferedReader) -> int:
+    """Return where the first member behind version, manifest and signature begins."""
+    file.seek(0)
+    archive = tar.TarReader(file, "artifact")
+    while True:
+        # The reader has consumed whole members, so only a member's padding lies ahead.
+        start = -(-file.tell() // tar.BLOCK) * tar.BLOCK
+        member = archive.next()
+        assert member is not None
+        if member.name not in ("version", "manifest", "manifest.sig"):
+            return start
+        archive.read_all(member, member.size)
+
+
+def _prefix(software: Software, name: str | None) -> str:
+    parts = [software.filesystem, name] if name else [software.filesystem]
+    return ".".join(metadata.check_text(part, "software") for part in parts)
+
+
+def _header_info(
+    payload_type: str | None,
+    name: str,
+    device_types: Sequence[str],
+    group: str | None,
+    depends: Mapping[str, Sequence[str]] | None,
+) -> metadata.HeaderInfo:
     metadata.check_text(name, "artifact name")
     if not device_types:
         raise ArtifactError("an artifact needs at least one device type")
-    for device_type in device_types:
-        metadata.check_text(device_type, "device type")
-    compressor(compression, level)
-    tar.check_name(image.name, "image")
-    try:
-        size, checksum = _hash_file(image)
-        if size == 0:
-            raise ArtifactError(f"{image}: empty")
-        extra = {key_: tuple(values) for key_, values in (depends or {}).items()}
-        header_depends: dict[str, tuple[str, ...]] = {
-            key_: extra.pop(key_) for key_ in ("artifact_name", "artifact_group") if key_ in extra
-        }
-        header = _header_archive(
-            metadata.HeaderInfo(
-                (metadata.ROOTFS_IMAGE,),
-                {"artifact_name": name},
-                {**header_depends, "device_type": tuple(device_types)},
-            ),
-            metadata.TypeInfo(
-                {
-                    "rootfs-image.checksum": checksum,
-                    "rootfs-image.version": name,
-                    **(provides or {}),
-                },
-                extra,
-                tuple(clears),
-            ),
-            compression,
-            level,
-        )
-        header_name = "header.tar" + SUFFIXES[compression]
-        manifest = metadata.format_manifest(
-            {
-                "version": hashlib.sha256(metadata.VERSION).hexdigest(),
-                header_name: hashlib.sha256(header).hexdigest(),
-                f"data/0000/{image.name}": checksum,
-            }
-        )
-        front = tar.member("version", metadata.VERSION) + tar.member("manifest", manifest)
-        if key is not None:
-            from updater.artifact.signature import sign  # noqa: PLC0415
-
-            front += tar.member("manifest.sig", sign(manifest, key))
-        front += tar.member(header_name, header)
-        _write_atomically(output, front, _Image(image, size, checksum), compression, level)
-    except OSError as error:
-        raise ArtifactError(f"{error.filename or output}: {error.strerror or error}") from error
+    provides = {"artifact_name": name}
+    if group is not None:
+        provides["artifact_group"] = metadata.check_text(group, "group")
+    here = {"device_type": tuple(device_types)}
+    for key in ("artifact_name", "artifact_group"):
+        if depends and key in depends:
+            here[key] = tuple(depends[key])
+    for key, values in here.items():
+        for value in values:
+            metadata.check_text(value, key.replace("_", " "))
+    return metadata.HeaderInfo(
+        (payload_type,), provides, {key: here[key] for key in _HEADER_DEPENDS if key in here}
+    )
 
 
-def _write_atomically(
-    output: Path, front: bytes, image: _Image, compression: str, level: int | None
+def _type_info(
+    provides: Mapping[str, str],
+    depends: Mapping[str, Sequence[str]] | None,
+    clears: Sequence[str],
+) -> metadata.TypeInfo:
+    extra = {
+        key: tuple(values)
+        for key, values in (depends or {}).items()
+        if key not in ("artifact_name", "artifact_group")
+    }
+    for key in {*provides, *extra}:
+        metadata.check_text(key, "key")
+    for key, values in extra.items():
+        if not values:
+            raise ArtifactError(f"depends: {key} without a value")
+        for value in values:
+            metadata.check_text(value, f"depends: {key}")
+    for key, value in provides.items():
+        if value:
+            metadata.check_text(value, f"provides: {key}")
+    once = tuple(dict.fromkeys(metadata.check_text(pattern, "clears") for pattern in clears))
+    return metadata.TypeInfo(provides, extra, once or None)
+
+
+def _write(
+    output: Path | str,
+    files: Sequence[_File],
+    *,
+    meta_data: bytes | None,
+    info: metadata.HeaderInfo,
+    type_info: metadata.TypeInfo,
+    scripts: Sequence[Path | str],
+    packing: Packing,
 ) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(front)
-            _write_data(file, image, compression, level)
-            file.write(tar.END_OF_ARCHIVE)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(output)
-        _sync_directory(output.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    _check_names(files)
+    header = _header_archive(info, _scripts(scripts), type_info, meta_data, packing)
+    header_name = "header.tar" + SUFFIXES[packing.compression]
+    manifest = metadata.format_manifest(
+        {
+            **{f"data/0000/{file.path.name}": file.sha256 for file in files},
+            header_name: hashlib.sha256(header).hexdigest(),
+            "version": hashlib.sha256(metadata.VERSION).hexdigest(),
+        }
+    )
+    front = tar.member("version", metadata.VERSION) + tar.member("manifest", manifest)
+    if packing.key is not None:
+        from updater.artifact.signature import sign  # noqa: PLC0415
+
+        front += tar.member("manifest.sig", sign(manifest, packing.key))
+    front += tar.member(header_name, header)
+    with _replacing(Path(output)) as file:
+        file.write(front)
+        _write_data(file, files, packing)
+        file.write(tar.END_OF_ARCHIVE)
 
 
-def _write_data(file: IO[bytes], image: _Image, compression: str, level: int | None) -> None:
+def _check_names(files: Sequence[_File]) -> None:
+    seen = set()
+    for file in files:
+        metadata.check_file_name(file.path.name, str(file.path))
+        if file.path.name in seen:
+            raise ArtifactError(f"{file.path}: a second file named {file.path.name}")
+        seen.add(file.path.name)
+
+
+def _scripts(paths: Sequence[Path | str]) -> dict[str, bytes]:
+    scripts: dict[str, bytes] = {}
+    for path in map(Path, paths):
+        metadata.check_script_name(path.name)
+        if path.name in scripts:
+            raise ArtifactError(f"{path}: a second script named {path.name}")
+        with path.open("rb") as file:
+            content = file.read(_MAX_SCRIPT_BYTES + 1)
+        if len(content) > _MAX_SCRIPT_BYTES:
+            raise ArtifactError(f"{path}: a script larger than {_MAX_SCRIPT_BYTES} bytes")
+        scripts[path.name] = content
+    return scripts
+
+
+def _header_archive(
+    info: metadata.HeaderInfo,
+    scripts: Mapping[str, bytes],
+    type_info: metadata.TypeInfo,
+    meta_data: bytes | None,
+    packing: Packing,
+) -> bytes:
+    (payload_type,) = info.payload_types
+    members = [("header-info", metadata.format_header_info(info))]
+    members += [(f"scripts/{name}", content) for name, content in scripts.items()]
+    members.append(("headers/0000/type-info", metadata.format_type_info(type_info, payload_type)))
+    if meta_data is not None:
+        members.append(("headers/0000/meta-data", meta_data))
+    content = b"".join(tar.member(name, data) for name, data in members) + tar.END_OF_ARCHIVE
+    packer = compressor(packing.compression, packing.level)
+    return packer.compress(content) + packer.flush()
+
+
+def _write_data(file: IO[bytes], files: Sequence[_File], packing: Packing) -> None:
     """Write data/0000.tar: its header last, when the compressed size is known."""
-    member_name = "data/0000.tar" + SUFFIXES[compression]
+    member_name = "data/0000.tar" + SUFFIXES[packing.compression]
     header_at = file.tell()
     file.write(bytes(tar.BLOCK))
-    packer = compressor(compression, level)
-    digest = hashlib.sha256()
-    read = 0
-    file.write(packer.compress(tar.header(image.path.name, image.size)))
-    with image.path.open("rb") as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            read += len(chunk)
-            file.write(packer.compress(chunk))
-    if read != image.size or digest.hexdigest() != image.checksum:
-        raise ArtifactError(f"{image.path}: changed while it was being read")
-    file.write(packer.compress(tar.padding(image.size) + tar.END_OF_ARCHIVE))
+    packer = compressor(packing.compression, packing.level)
+    for source in files:
+        _write_file(file, source, packer)
+    file.write(packer.compress(tar.END_OF_ARCHIVE))
     file.write(packer.flush())
     end = file.tell()
     packed = end - header_at - tar.BLOCK
@@ -152,30 +393,53 @@ def _write_data(file: IO[bytes], image: _Image, compression: str, level: int | N
     file.seek(end)
 
 
-def _header_archive(
-    info: metadata.HeaderInfo, type_info: metadata.TypeInfo, compression: str, level: int | None
-) -> bytes:
-    content = (
-        tar.member("header-info", metadata.format_header_info(info))
-        + tar.member(
-            "headers/0000/type-info",
-            metadata.format_type_info(type_info, info.payload_types[0]),
-        )
-        + tar.member("headers/0000/meta-data", b"")
-        + tar.END_OF_ARCHIVE
-    )
-    packer = compressor(compression, level)
-    return packer.compress(content) + packer.flush()
+def _write_file(file: IO[bytes], source: _File, packer: Any) -> None:
+    digest = hashlib.sha256()
+    read = 0
+    file.write(packer.compress(tar.header(source.path.name, source.size)))
+    with source.path.open("rb") as content:
+        while chunk := content.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            read += len(chunk)
+            file.write(packer.compress(chunk))
+    if read != source.size or digest.hexdigest() != source.sha256:
+        raise ArtifactError(f"{source.path}: changed while it was being read")
+    file.write(packer.compress(tar.padding(source.size)))
 
 
-def _hash_file(path: Path) -> tuple[int, str]:
+def _hash_file(path: Path) -> _File:
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
-    return size, digest.hexdigest()
+    return _File(path, size, digest.hexdigest())
+
+
+@contextmanager
+def _readable_errors(output: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{error.filename or output}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[IO[bytes]]:
+    """Write a new `output`, which appears whole, synced, or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(output)
+        _sync_directory(output.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _sync_directory(path: Path) -> None:
