@@ -114,7 +114,7 @@ def open_client(config: Config) -> Client:
     from updater.device.blockdev import LinuxMachine  # noqa: PLC0415
     from updater.device.bootenv import open_environment  # noqa: PLC0415
     from updater.device.client import Client, Ports  # noqa: PLC0415
-    from updater.device.clock import SystemClock  # noqa: PLC0415
+    from updater.device.clock import SystemClock, floor_seconds, raise_to  # noqa: PLC0415
     from updater.device.health import HealthRunner  # noqa: PLC0415
     from updater.device.modules import ModuleRunner  # noqa: PLC0415
     from updater.device.reboot import ExitCodeReboot  # noqa: PLC0415
@@ -124,14 +124,22 @@ def open_client(config: Config) -> Client:
     from updater.device.transport import FileOrHttpsTransport  # noqa: PLC0415
 
     clock = SystemClock()
+    database = database_path(config.data_dir)
+    newest = [config.artifact_info, config.path, database]
     return Client(
         config,
         Ports(
             machine=LinuxMachine(),
             bootenv=open_environment(config.bootenv),
-            store=SqliteStore(database_path(config.data_dir)),
+            store=SqliteStore(database),
             clock=clock,
-            transport=FileOrHttpsTransport(config.ca_file, config.download, clock),
+            transport=FileOrHttpsTransport(
+                config.ca_file,
+                config.download,
+                clock,
+                spool_dir=config.data_dir,
+                before_tls=lambda: raise_to(floor_seconds(newest)),
+            ),
             reboot=ExitCodeReboot(),
             health=HealthRunner(config.health_directory, config.health_timeout_s),
             scripts=ScriptRunner(config.scripts, config.data_dir, clock),

@@ -17,7 +17,7 @@ from updater.device.blockdev import DirectDevice, LinuxMachine
 from updater.device.config import Slot, load_config
 from updater.device.errors import ConfigError, HealthError, SlotError, StoreError
 from updater.device.health import HealthRunner
-from updater.device.model import Outcome, Result, State, Update
+from updater.device.model import Outcome, Part, Result, State, Update
 from updater.device.slot_writer import CHUNK_BYTES, HEAD_BYTES, SlotWriter
 from updater.device.store import SqliteStore
 
@@ -163,7 +163,25 @@ def test_the_child_gets_signals_although_the_caller_holds_them_back() -> None:
 
 # The store
 
-UPDATE = Update("v2", "v1", "a", "b", State.VERIFY, "boot", "why", {"k": "v"}, ("x.*",))
+UPDATE = Update(
+    artifact_name="v2",
+    previous_name="v1",
+    source="a",
+    target="b",
+    state=State.VERIFY,
+    boot_id="boot",
+    cause="why",
+    provides={"k": "v"},
+    clears=("x.*",),
+    kind="single-file",
+    part=Part.LEAVE,
+    steps=7,
+    result=Result.COMMITTED,
+    inconsistent=True,
+    reboot="Yes",
+    reverts=False,
+    deployment="d-1",
+)
 
 
 def test_the_store_keeps_everything(tmp_path: Path) -> None:
@@ -180,7 +198,9 @@ def test_the_store_keeps_everything(tmp_path: Path) -> None:
     outcome = Outcome(Result.COMMITTED, "v2", "b", "", 1_700_000_000)
     store.finish(outcome, {"artifact_name": "v2"})
     assert store.update() is None
-    assert (store.provides(), store.last_outcome()) == ({"artifact_name": "v2"}, outcome)
+    assert store.provides() == {"artifact_name": "v2"}
+    assert store.last_outcome() == outcome._replace(number=1)
+    assert store.unreported() == []
     for number in range(105):
         store.finish(outcome._replace(finished_at=number), None)
     with sqlite3.connect(path) as connection:
@@ -196,6 +216,92 @@ def test_a_store_from_the_future_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="newer client"):
         SqliteStore(str(path)).update()
     assert path.read_bytes() == before
+
+
+# The tables as the first released client made them; never to be changed.
+SCHEMA_1 = """
+CREATE TABLE update_in_progress (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    artifact_name TEXT NOT NULL, previous_name TEXT NOT NULL,
+    source TEXT NOT NULL, target TEXT NOT NULL,
+    state TEXT NOT NULL, boot_id TEXT NOT NULL, cause TEXT NOT NULL,
+    provides TEXT NOT NULL, clears TEXT NOT NULL
+) STRICT;
+CREATE TABLE provides (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE outcome (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    result TEXT NOT NULL, artifact_name TEXT NOT NULL, slot TEXT NOT NULL,
+    cause TEXT NOT NULL, finished_at INTEGER NOT NULL
+) STRICT;
+PRAGMA user_version=1;
+INSERT INTO provides VALUES ('artifact_name', 'v1');
+INSERT INTO outcome VALUES (3, 'failed', 'v0', 'a', 'because', 1600000000);
+"""
+IN_PROGRESS_1 = (
+    "INSERT INTO update_in_progress VALUES"
+    " (1, 'v2', 'v1', 'a', 'b', 'ArtifactReboot', 'boot', '', '{}', 'null');"
+)
+
+
+def schema_1(path: Path, extra: str = "") -> None:
+    with sqlite3.connect(path) as connection:
+        connection.executescript(SCHEMA_1 + extra)
+    connection.close()
+
+
+def user_version(path: Path) -> int:
+    with sqlite3.connect(path) as connection:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    connection.close()
+    return version
+
+
+def test_a_store_of_the_first_client_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    schema_1(path)
+    store = SqliteStore(str(path))
+    assert store.provides() == {"artifact_name": "v1"}
+    assert store.last_outcome() == Outcome(
+        Result.FAILED, "v0", "a", "because", 1_600_000_000, "", 3
+    )
+    assert user_version(path) == 2
+    store.save(UPDATE)
+    assert store.update() == UPDATE
+    store.close()
+
+
+def test_a_store_with_an_update_in_progress_stays_readable_for_the_client_that_began_it(
+    tmp_path: Path,
+) -> None:
+    """The new system is on trial: if it is left, the old client must find its record."""
+    path = tmp_path / "state.db"
+    schema_1(path, IN_PROGRESS_1)
+    store = SqliteStore(str(path))
+    update = store.update()
+    assert update == Update("v2", "v1", "a", "b", State.REBOOT, "boot")
+    store.save(update._replace(state=State.VERIFY, steps=9))
+    store.close()
+    assert user_version(path) == 1
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT state FROM update_in_progress").fetchone() == (
+            "ArtifactVerifyReboot",
+        )
+    store = SqliteStore(str(path))
+    store.finish(Outcome(Result.COMMITTED, "v2", "b", "", 1_700_000_000), {"artifact_name": "v2"})
+    assert user_version(path) == 2
+    assert store.last_outcome() is not None
+    store.close()
+
+
+def test_outcomes_of_deployments_wait_until_they_are_reported(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "state.db"))
+    for deployment in ("", "d-1", "d-2"):
+        store.finish(Outcome(Result.COMMITTED, "v2", "b", "", 1, deployment), None)
+    waiting = store.unreported()
+    assert [outcome.deployment for outcome in waiting] == ["d-1", "d-2"]
+    store.mark_reported(waiting[0])
+    assert [outcome.deployment for outcome in store.unreported()] == ["d-2"]
+    store.close()
 
 
 def test_a_corrupt_store_is_set_aside(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ _UNSTOPPABLE = (
     State.FAILURE,
     State.CLEANUP,
 )
+# The state store's journal, and the log; images and scripts have checks of their own.
+_MIN_FREE_BYTES = 1024 * 1024
 # By hand, the restart belongs to whoever installs; so do its scripts.
 _MANAGED_SCRIPTS = ("ArtifactReboot", "ArtifactRollbackReboot")
 
@@ -149,6 +151,7 @@ class Client:
         self._settle_leftovers()
         running = self.ports.machine.running_slot(self.config.slots)
         target = self._other(running)
+        self._check_room()
         self._check_passive(running, target)
         self.location = location
         self._update = Update(
@@ -621,12 +624,12 @@ class Client:
     def _break_loop(self) -> None:
         """End an update that goes round and round, without scripts or modules, on a safe system."""
         update = self._current()
-        self._fail(
-            LoopError(
-                f"{update.artifact_name} entered {update.steps} states without an end, the last"
-                f" was {update.where}; stopped" + (f" (first: {update.cause})" * bool(update.cause))
-            )
+        error = LoopError(
+            f"{update.artifact_name} entered {update.steps} states without an end, the last was"
+            f" {update.where}; stopped" + (f" (first: {update.cause})" if update.cause else "")
         )
+        self._errors.append(error)
+        self._update = update._replace(cause=str(error))
         running = self.ports.machine.running_slot(self.config.slots).name
         committed = update.result is Result.COMMITTED
         self._update = self._current()._replace(inconsistent=not update.is_image)
@@ -703,6 +706,20 @@ class Client:
             f" returning to slot {other.name}, reboot needed"
         )
         self._request_reboot()
+
+    def _check_room(self) -> None:
+        """Refuse when not even the record of an update would fit the data partition."""
+        from updater.device.files import free_bytes  # noqa: PLC0415
+
+        try:
+            free = free_bytes(self.config.data_dir)
+        except OSError as error:
+            raise StoreError(f"{self.config.data_dir}: {error.strerror}") from error
+        if free < _MIN_FREE_BYTES:
+            raise StoreError(
+                f"{self.config.data_dir}: {free} bytes are free, an update needs at least"
+                f" {_MIN_FREE_BYTES}; remove something"
+            )
 
     def _check_passive(self, running: Slot, target: Slot) -> None:
         """Refuse a target that is in use; make sure that the boot environment agrees."""

@@ -32,13 +32,21 @@ class BootEnvConfig(NamedTuple):
 
 
 class DownloadConfig(NamedTuple):
-    """Bounds of a download: seconds and counts."""
+    """Bounds of a download: seconds and counts.
+
+    `stall_s` must bring `stall_bytes` each; a download expected to take `spool_min_s` or more is
+    kept on the data partition, to be resumed after a restart (0: always; it is not if there is no
+    room).
+    """
 
     timeout_s: float = 30.0
     deadline_s: float = 7200.0
     retries: int = 8
     backoff_s: float = 0.5
     backoff_ceiling_s: float = 30.0
+    stall_s: float = 120.0
+    stall_bytes: int = 4096
+    spool_min_s: float = 60.0
 
 
 class ScriptsConfig(NamedTuple):
@@ -123,6 +131,9 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
             backoff_ceiling_s=download.number(
                 "backoff_ceiling_s", defaults.backoff_ceiling_s, 0.0, 3600.0
             ),
+            stall_s=download.number("stall_s", defaults.stall_s, 0.1, 86400.0),
+            stall_bytes=int(download.number("stall_bytes", defaults.stall_bytes, 1, 1 << 30)),
+            spool_min_s=download.number("spool_min_s", defaults.spool_min_s, 0.0, 1e9),
         ),
         "scripts": _scripts(scripts),
         "modules": ModulesConfig(

@@ -25,7 +25,7 @@ from updater.device.model import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from updater.artifact import ArtifactReader, PayloadFile
 
@@ -120,12 +120,11 @@ class ModuleRunner:
     def _offer(
         self, stream: _Stream, payload: Iterator[PayloadFile], next_fifo: str, *, with_sizes: bool
     ) -> None:
-        taken = 0
-        for file in payload:
+        for number, file in enumerate(payload):
             path = f"streams/{file.name}"
             line = f"{path} {file.size}\n" if with_sizes else f"{path}\n"
             if not stream.write(next_fifo, [memoryview(line.encode())]):
-                if taken:
+                if number:
                     stream.fail(f"ended without asking for {file.name}")
                 stream.succeed()
                 self._store(file, payload)
@@ -133,7 +132,6 @@ class ModuleRunner:
             os.mkfifo(f"{self._tree}/{path}", 0o600)
             if not stream.write(f"{self._tree}/{path}", file):
                 stream.fail(f"ended without reading {file.name}")
-            taken += 1
         stream.write(next_fifo, [])
         stream.succeed()
 
@@ -208,7 +206,7 @@ class _Stream:
         self._deadline = time.monotonic() + timeout_s
         self._timeout_s = timeout_s
 
-    def write(self, path: str, pieces: Iterator[memoryview] | list[memoryview]) -> bool:
+    def write(self, path: str, pieces: Iterable[memoryview]) -> bool:
         """Write everything to the FIFO as soon as it has a reader; False if none comes."""
         handle = self._open(path)
         if handle < 0:

@@ -53,9 +53,7 @@ ALTER TABLE update_in_progress ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
 ALTER TABLE outcome ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
 ALTER TABLE outcome ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
 """
-_COLUMNS_1 = (
-    "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
-)
+_COLUMNS_1 = "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
 _COLUMNS_2 = f"{_COLUMNS_1}, kind, part, steps, result, inconsistent, reboot, reverts, deployment"
 _KEEP_OUTCOMES = 100
 
