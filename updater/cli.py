@@ -85,6 +85,9 @@ def _on_device(
     options: argparse.Namespace | None = None,
 ) -> int:
     config = load_config(config_path)
+    if verb == "daemon":
+        assert options is not None
+        return _daemon(config, compose, once=options.once)
     if verb in ("show-artifact", "show-provides", "status"):
         return _show(verb, compose(config))
     from updater.device import lock  # noqa: PLC0415
@@ -109,11 +112,44 @@ def _on_device(
     return EXIT_REBOOT_NEEDED if client.reboot_needed else EXIT_OK
 
 
+def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) -> int:
+    """Run managed mode until a signal; the key is made before anything else."""
+    from updater.device.api import DeviceApi  # noqa: PLC0415
+    from updater.device.errors import ConfigError  # noqa: PLC0415
+    from updater.device.identity import DeviceKey, identity  # noqa: PLC0415
+    from updater.device.managed import Daemon, DeploymentLog, ServerObserver  # noqa: PLC0415
+
+    if not config.server.url:
+        raise ConfigError(f"{config.path}: there is no [server] with a url to be managed by")
+    key_file = config.server.key_file or f"{config.data_dir}/device-key.pem"
+    first = compose(config)
+    clock = first.ports.clock
+    import os  # noqa: PLC0415
+
+    os.makedirs(config.data_dir, mode=0o700, exist_ok=True)  # noqa: PTH103
+    api = DeviceApi(
+        config.server,
+        config.ca_file,
+        DeviceKey(key_file, config.server.key_type),
+        identity(config.server),
+    )
+    log = DeploymentLog(config.data_dir, clock)
+    observer = ServerObserver(config, api, log, clock)
+
+    def make_client() -> Client:
+        client = compose(config)
+        client.ports = client.ports._replace(observer=observer)
+        return client
+
+    Daemon(config, api, observer, log, make_client).run(once=once)
+    return EXIT_OK
+
+
 def open_client(config: Config) -> Client:
     """Put the device's own implementations together: the one place where they meet."""
     from updater.device.blockdev import LinuxMachine  # noqa: PLC0415
     from updater.device.bootenv import open_environment  # noqa: PLC0415
-    from updater.device.client import Client, Ports  # noqa: PLC0415
+    from updater.device.client import Client, LeaveToDaemon, NoObserver, Ports  # noqa: PLC0415
     from updater.device.clock import SystemClock, floor_seconds, raise_to  # noqa: PLC0415
     from updater.device.health import HealthRunner  # noqa: PLC0415
     from updater.device.modules import ModuleRunner  # noqa: PLC0415
@@ -144,6 +180,7 @@ def open_client(config: Config) -> Client:
             health=HealthRunner(config.health_directory, config.health_timeout_s),
             scripts=ScriptRunner(config.scripts, config.data_dir, clock),
             modules=ModuleRunner(config.modules, config.data_dir, config.device_type),
+            observer=LeaveToDaemon() if config.server.require_contact else NoObserver(),
             limit=limit,
         ),
     )
@@ -197,6 +234,8 @@ def _parse(given: list[str]) -> argparse.Namespace:
         ("status", "print the state, the last outcome and its cause"),
     ):
         verbs.add_parser(name, help=text)
+    daemon = verbs.add_parser("daemon", help="let the server of [server] manage this device")
+    daemon.add_argument("--once", action="store_true", help="one cycle, then end")
     artifact = verbs.add_parser("artifact", help="write, read and validate artifacts (host)")
     if given and "artifact" in given:
         from updater.artifact import cli as artifact_cli  # noqa: PLC0415

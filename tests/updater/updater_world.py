@@ -169,6 +169,9 @@ class Store:
     def unreported(self) -> list[Outcome]:
         return self._real.unreported()
 
+    def attempts(self, deployment: str) -> int:
+        return self._real.attempts(deployment)
+
     def mark_reported(self, outcome: Outcome) -> None:
         with self._power.event("store reported") as whole:
             if whole:
@@ -199,7 +202,7 @@ class FakeClock:
         return self.now
 
     def utc_seconds(self) -> int:
-        return 1_700_000_000
+        return 1_700_000_000 + int(self.now - 1000.0)
 
     def wait(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -291,6 +294,9 @@ class World:
         self.limit: Callable[[str, float], AbstractContextManager[None]] = no_limit
 
     # The ports.
+
+    identity = ""
+    refresh: Callable[[], str] | None = None
 
     def running_slot(self, slots: tuple[Slot, Slot]) -> Slot:
         return next(slot for slot in slots if slot.name == self.running)

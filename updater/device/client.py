@@ -22,6 +22,7 @@ from updater.device.errors import (
     NothingInProgressError,
     SlotError,
     StoreError,
+    TransportError,
     UpdaterError,
 )
 from updater.device.model import (
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
 class NoObserver:
     """Nobody watches: an installation by hand."""
 
+    def proves(self, update: Update) -> bool:
+        """Say yes."""
+        return True
+
     def entering(self, update: Update, state: State) -> None:
         """Return at once."""
 
@@ -69,6 +74,14 @@ class NoObserver:
 
     def finished(self, update: Update, outcome: Outcome) -> None:
         """Return at once."""
+
+
+class LeaveToDaemon(NoObserver):
+    """At boot, where a deployment may only be committed after contact with the server."""
+
+    def proves(self, update: Update) -> bool:
+        """Leave deployments to the daemon, which runs later and knows the server."""
+        return not update.deployment
 
 
 class NoScripts:
@@ -125,6 +138,8 @@ _UNSTOPPABLE = (
     State.FAILURE,
     State.CLEANUP,
 )
+# How often a deployment's download is begun or resumed before the deployment has failed.
+MAX_ATTEMPTS = 20
 # The state store's journal, and the log; images and scripts have checks of their own.
 _MIN_FREE_BYTES = 1024 * 1024
 # By hand, the restart belongs to whoever installs; so do its scripts.
@@ -143,6 +158,7 @@ class Client:
         self._result = Result.FAILED
         self._errors: list[UpdaterError] = []
         self._needs_reboot = "Automatic"
+        self._try_again = False
 
     # The operations: what the command line offers.
 
@@ -176,7 +192,11 @@ class Client:
         if self._update is None:
             self._leave_unrecorded_trial()
             return
-        self._follow(self._decide())
+        decision = self._decide()
+        if decision is Decision.PROVE and not self.ports.observer.proves(self._update):
+            say(f"{self._update.artifact_name} is proved and committed by the daemon")
+            return
+        self._follow(decision)
 
     def commit(self) -> None:
         """Prove and commit the running system; NothingInProgressError when there is no trial."""
@@ -260,8 +280,11 @@ class Client:
         """Do one state, from `part` on, and say how it ended."""
         step = TABLE[state]
         try:
+            self._enter(state, Part.LEAVE if part is Part.LEAVE else Part.ENTER, step.enter)
+            # Outside the limit: how long a person or a maintenance window holds an update is
+            # bounded by the observer.
+            self.ports.observer.entering(self._current(), state)
             with self.ports.limit(str(state), step.deadline_s):
-                self._enter(state, Part.LEAVE if part is Part.LEAVE else Part.ENTER, step.enter)
                 event = Event.DONE
                 if part is Part.ENTER:
                     self._run_scripts(step.enter, Part.ENTER)
@@ -270,6 +293,7 @@ class Client:
                     self._run_scripts(step.leave, Part.LEAVE)
         except UpdaterError as error:
             self._fail(error)
+            self._try_again = state is State.DOWNLOAD and isinstance(error, TransportError)
             self._run_scripts(step.error, Part.ERROR)
             if state is State.COMMIT and self._result is Result.COMMITTED:
                 # It is too late to go back: what failed is what came after the commit.
@@ -295,7 +319,6 @@ class Client:
         )
         self._save(fatal=state not in _UNSTOPPABLE)
         say(f"state {state}")
-        self.ports.observer.entering(self._update, state)
 
     def _save(self, *, fatal: bool) -> None:
         try:
@@ -513,6 +536,7 @@ class Client:
             cause,
             self.ports.clock.utc_seconds(),
             update.deployment,
+            again=self._is_tried_again(update),
         )
         if self.ports.modules is not None and not update.is_image and update.kind:
             try:
@@ -526,6 +550,14 @@ class Client:
             self.ports.modules.drop()
         self.ports.observer.finished(update, outcome)
         return Event.DONE
+
+    def _is_tried_again(self, update: Update) -> bool:
+        """Whether the deployment is not over: its download was interrupted, and may go on."""
+        if not update.deployment or not self._try_again:
+            return False
+        attempts = self.ports.store.attempts(update.deployment) + 1
+        say(f"download attempt {attempts} of {MAX_ATTEMPTS} for deployment {update.deployment}")
+        return attempts < MAX_ATTEMPTS
 
     def _provides_now(self, update: Update, *, committed: bool) -> dict[str, str] | None:
         """Return what the device provides from now on; None when that did not change."""
@@ -654,6 +686,7 @@ class Client:
         if decision is Decision.CLOSE_INTERRUPTED:
             self._result = Result.INTERRUPTED
             self._note_cause(f"interrupted in {update.where}")
+            self._try_again = update.state is State.DOWNLOAD
             # A download changed nothing; from ArtifactInstall on, scripts may have.
             self._run(State.CLEANUP if update.state is State.DOWNLOAD else State.ROLLBACK)
             return

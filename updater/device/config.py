@@ -69,6 +69,31 @@ class ModulesConfig(NamedTuple):
     timeout_s: float = 4 * 3600.0
 
 
+class ServerConfig(NamedTuple):
+    """The management server; without a `url` there is none. Times are in seconds.
+
+    `require_contact` makes contact with the server, within `contact_budget_s`, a condition for
+    committing; otherwise a server that is down never costs a good system. `windows` are the
+    local times at which an update may be installed and the device restarted: "22:00-04:30", or
+    "Sat,Sun 00:00-24:00"; none means always.
+    """
+
+    url: str = ""
+    tenant_token: str = ""
+    key_file: str = ""
+    key_type: str = "ed25519"
+    identity: str = "/usr/share/mender/identity/mender-device-identity"
+    inventory: str = "/usr/share/mender/inventory"
+    poll_s: float = 1800.0
+    inventory_s: float = 28800.0
+    retry_s: float = 60.0
+    timeout_s: float = 30.0
+    require_contact: bool = False
+    contact_budget_s: float = 300.0
+    windows: tuple[str, ...] = ()
+    reboot_command: tuple[str, ...] = ("reboot",)
+
+
 class Config(NamedTuple):
     """The whole configuration."""
 
@@ -85,6 +110,7 @@ class Config(NamedTuple):
     download: DownloadConfig
     scripts: ScriptsConfig = ScriptsConfig()
     modules: ModulesConfig = ModulesConfig()
+    server: ServerConfig = ServerConfig()
 
 
 def load_config(path: str = DEFAULT_PATH) -> Config:
@@ -117,6 +143,7 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
     download = top.table("download", optional=True)
     scripts = top.table("scripts", optional=True)
     modules = top.table("modules", optional=True)
+    server = top.table("server", optional=True)
     defaults = DownloadConfig()
     values = {
         "ca_file": tls.absolute("ca_file", optional=True),
@@ -136,12 +163,13 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
             spool_min_s=download.number("spool_min_s", defaults.spool_min_s, 0.0, 1e9),
         ),
         "scripts": _scripts(scripts),
+        "server": _server(server),
         "modules": ModulesConfig(
             directories=modules.texts("directories") or ModulesConfig().directories,
             timeout_s=modules.number("timeout_s", ModulesConfig().timeout_s, 1.0, 7 * 86400.0),
         ),
     }
-    for table in (tls, trust, health, download, scripts, modules):
+    for table in (tls, trust, health, download, scripts, modules, server):
         table.refuse_unknown()
     return values
 
@@ -153,6 +181,42 @@ def _scripts(table: _Table) -> ScriptsConfig:
         timeout_s=table.number("timeout_s", defaults.timeout_s, 0.1, 86400.0),
         retry_interval_s=table.number("retry_interval_s", defaults.retry_interval_s, 0.1, 86400.0),
         retry_window_s=table.number("retry_window_s", defaults.retry_window_s, 0.0, 7 * 86400.0),
+    )
+
+
+def _server(table: _Table) -> ServerConfig:
+    if not table.names():
+        return ServerConfig()
+    defaults = ServerConfig()
+    url = table.text("url").rstrip("/")
+    if not url.startswith("https://"):
+        raise ConfigError(f"{table.file}: server.url must begin with https://")
+    kind = table.text("key_type", optional=True) or defaults.key_type
+    if kind not in ("ed25519", "ecdsa", "rsa"):
+        raise ConfigError(f"{table.file}: server.key_type must be ed25519, ecdsa or rsa")
+    windows = table.texts("windows")
+    from updater.device.windows import parse_window  # noqa: PLC0415
+
+    for window in windows:
+        try:
+            parse_window(window)
+        except ValueError as error:
+            raise ConfigError(f"{table.file}: server.windows: {error}") from error
+    return ServerConfig(
+        url=url,
+        tenant_token=table.text("tenant_token", optional=True),
+        key_file=table.absolute("key_file", optional=True),
+        key_type=kind,
+        identity=table.absolute("identity", optional=True) or defaults.identity,
+        inventory=table.absolute("inventory", optional=True) or defaults.inventory,
+        poll_s=table.number("poll_s", defaults.poll_s, 1.0, 30 * 86400.0),
+        inventory_s=table.number("inventory_s", defaults.inventory_s, 1.0, 30 * 86400.0),
+        retry_s=table.number("retry_s", defaults.retry_s, 0.1, 86400.0),
+        timeout_s=table.number("timeout_s", defaults.timeout_s, 0.1, 3600.0),
+        require_contact=table.flag("require_contact"),
+        contact_budget_s=table.number("contact_budget_s", defaults.contact_budget_s, 1.0, 86400.0),
+        windows=windows,
+        reboot_command=table.texts("reboot_command") or defaults.reboot_command,
     )
 
 
@@ -229,6 +293,14 @@ class _Table:
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             raise ConfigError(f"{self.file}: {self._name(key)} must be a list of strings")
         return tuple(value)
+
+    def flag(self, key: str) -> bool:
+        value = self._take(key, optional=True)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self.file}: {self._name(key)} must be true or false")
+        return value
 
     def number(self, key: str, default: float | None, low: float, high: float) -> float:
         value = self._take(key, optional=default is not None)

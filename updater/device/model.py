@@ -94,7 +94,8 @@ class Update(NamedTuple):
 class Outcome(NamedTuple):
     """How an update ended; `finished_at` is UTC, seconds since 1970.
 
-    `deployment` is the server's id; `number` is the store's, 0 before it is recorded.
+    `deployment` is the server's id; `number` is the store's, 0 before it is recorded; `again`
+    means that the deployment is not over, so that the server is not told.
     """
 
     result: Result
@@ -104,6 +105,7 @@ class Outcome(NamedTuple):
     finished_at: int
     deployment: str = ""
     number: int = 0
+    again: bool = False
 
 
 class Boot(NamedTuple):

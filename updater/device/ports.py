@@ -15,7 +15,7 @@ from updater.device.model import Outcome, State, Update
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from updater.artifact import ArtifactReader, PayloadFile
 
@@ -113,6 +113,10 @@ class StateStore(Protocol):
         """Return the outcomes of deployments that the server does not know yet, oldest first."""
         ...
 
+    def attempts(self, deployment: str) -> int:
+        """Return how often this deployment has ended before."""
+        ...
+
     def mark_reported(self, outcome: Outcome) -> None:
         """Note that the server knows this outcome."""
         ...
@@ -143,7 +147,14 @@ class Download(Protocol):
 
 
 class Transport(Protocol):
-    """Fetches artifacts (`transport.py`)."""
+    """Fetches artifacts (`transport.py`).
+
+    `identity` is what the next location stands for, if not for itself (a deployment); `refresh`
+    returns a new location for it when a link has expired.
+    """
+
+    identity: str
+    refresh: Callable[[], str] | None
 
     def open(self, location: str) -> AbstractContextManager[Download]:
         """Open a path or an https URL; TransportError when that is impossible."""
@@ -219,6 +230,10 @@ class Modules(Protocol):
 
 class Observer(Protocol):
     """Who follows an update from outside, and may hold or stop it (`managed.py`)."""
+
+    def proves(self, update: Update) -> bool:
+        """Whether the new system may be proved here and now, at a start of the client."""
+        ...
 
     def entering(self, update: Update, state: State) -> None:
         """`state` was persisted and begins; an UpdaterError makes it fail."""

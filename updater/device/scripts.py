@@ -68,6 +68,9 @@ class ScriptRunner:
     def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
         """Run them in order; see `ports.Scripts`."""
         directory = self._directory(state)
+        names = self._names(directory, state, action)
+        if not names:
+            return ""
         first = ""
         try:
             self._check_version(directory)
@@ -75,7 +78,7 @@ class ScriptRunner:
             if not ignore_errors:
                 raise
             return str(error)
-        for name in self._names(directory, state, action):
+        for name in names:
             try:
                 self._run_one(f"{directory}/{name}", name)
             except ScriptError as error:

@@ -162,7 +162,11 @@ class SqliteStore:
                 "INSERT INTO outcome"
                 " (result, artifact_name, slot, cause, finished_at, deployment, reported)"
                 " VALUES (?,?,?,?,?,?,?)",
-                (outcome.result.value, *outcome[1:6], int(not outcome.deployment)),
+                (
+                    outcome.result.value,
+                    *outcome[1:6],
+                    int(outcome.again or not outcome.deployment),
+                ),
             )
             connection.execute(
                 "DELETE FROM outcome WHERE number <= (SELECT max(number) FROM outcome) - ?",
@@ -193,6 +197,20 @@ class SqliteStore:
     def unreported(self) -> list[Outcome]:
         """Return the outcomes of deployments that the server does not know yet, oldest first."""
         return self._outcomes("reported=0 AND deployment<>'' ORDER BY number")
+
+    def attempts(self, deployment: str) -> int:
+        """Return how often this deployment has ended before."""
+        if not self._exists():
+            return 0
+        if self._version == 1:
+            return 0
+        return self._transaction(
+            lambda connection: int(
+                connection.execute(
+                    "SELECT count(*) FROM outcome WHERE deployment=?", (deployment,)
+                ).fetchone()[0]
+            )
+        )
 
     def mark_reported(self, outcome: Outcome) -> None:
         """Note that the server knows this outcome."""

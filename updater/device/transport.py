@@ -116,6 +116,10 @@ class _BrokenError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class _RefreshedError(Exception):
+    """The location is a new one: try at once."""
+
+
 class _HttpsDownload:
     """One download over as many connections as it takes."""
 
@@ -131,7 +135,7 @@ class _HttpsDownload:
         self._clock = clock
         self._spool = spool
         self._aim(url)
-        self._context = _tls_context(ca_file)
+        self._context = tls_context(ca_file)
         self._deadline = clock.monotonic() + bounds.deadline_s
         self._connection: http.client.HTTPSConnection | None = None
         self._response: http.client.HTTPResponse | None = None
@@ -191,6 +195,8 @@ class _HttpsDownload:
                 raise TransportError(
                     f"{self._url}: the server's certificate is not trusted: {error.verify_message}"
                 ) from error
+            except _RefreshedError:
+                self.close()
             except (OSError, http.client.HTTPException, _BrokenError) as error:
                 self.close()
                 self._back_off(error)
@@ -274,7 +280,7 @@ class _HttpsDownload:
             raise _BrokenError("the server closed the connection")
         buffer[: len(data)] = data
         self._received += len(data)
-        self._failures = 0
+        self._failures = self._refreshed = 0
         self._keep(data)
         self._check_pace()
         return len(data)
@@ -374,7 +380,8 @@ class _HttpsDownload:
             self._refreshed += 1
             if self._refreshed <= _MAX_REFRESHES:
                 self._aim(self.refresh())
-                raise _BrokenError(f"the link has expired ({status}), a new one was fetched")
+                say(f"the link has expired ({status}), a new one was fetched")
+                raise _RefreshedError
         raise TransportError(
             f"{self._url}: the server answered {status} instead of {expected}"
             + (" (redirects are not followed; a captive portal?)" if 300 <= status < 400 else "")
@@ -407,14 +414,15 @@ class _HttpsDownload:
     _expected_total = 0
 
 
-_MAX_REFRESHES = 20
+# In a row, without a byte in between.
+_MAX_REFRESHES = 5
 
 
 def backoff(failures: int, first_s: float, ceiling_s: float) -> float:
     """Return a pause: full jitter under a doubling bound, but never next to nothing."""
     import random  # noqa: PLC0415
 
-    bound = min(ceiling_s, first_s * 2 ** (min(failures, 30) - 1))
+    bound = min(ceiling_s, first_s * 2.0 ** (min(failures, 30) - 1))
     return max(bound / 10, random.uniform(0.0, bound))  # noqa: S311 - spreads a fleet, no secret
 
 
@@ -435,7 +443,8 @@ def retry_after(response: http.client.HTTPResponse) -> float:
     return 0.0
 
 
-def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """Return a context that checks certificate and host name against the pinned CA."""
     import ssl  # noqa: PLC0415
 
     try:
