@@ -402,6 +402,10 @@ class Client:
                 say(f"also: {error}")
             raise
         device.close()
+        if self.config.grow_ext4:
+            from updater.device.grow import grow_ext4  # noqa: PLC0415
+
+            grow_ext4(target.device)
 
     def _fill_module(self, reader: ArtifactReader) -> None:
         """Give the payload to its update module; without a payload there is nothing to do."""
@@ -760,6 +764,8 @@ class Client:
         if user is not None:
             raise SlotError(f"slot {target.name} ({target.device}) is {user}; unmount it first")
         boot = self._boot()
+        if boot.slot is not None:
+            bootenv.check_canary(self.ports.bootenv)
         if boot.trial:
             raise UpdaterError(
                 f"slot {boot.slot} is on trial without a record; run `updater resume` first"

@@ -111,6 +111,7 @@ class Config(NamedTuple):
     scripts: ScriptsConfig = ScriptsConfig()
     modules: ModulesConfig = ModulesConfig()
     server: ServerConfig = ServerConfig()
+    grow_ext4: bool = False
 
 
 def load_config(path: str = DEFAULT_PATH) -> Config:
@@ -130,6 +131,7 @@ def load_config(path: str = DEFAULT_PATH) -> Config:
         artifact_info=top.absolute("artifact_info"),
         slots=_slots(top.table("slots")),
         bootenv=_bootenv(top.table("bootenv")),
+        grow_ext4=top.flag("grow_ext4"),
         **_optional_sections(top),
     )
     top.refuse_unknown()
