@@ -80,9 +80,11 @@ class Device:
     def slot(self, name: str) -> Slot:
         return next(slot for slot in self.config.slots if slot.name == name)
 
-    def start(self, *verb: str, kill_at: int = 0) -> subprocess.Popen[str]:
+    def start(
+        self, *verb: str, kill_at: int = 0, prefix: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(self.directory), str(kill_at), *verb],
+            [*prefix, sys.executable, str(PROGRAM), str(self.directory), str(kill_at), *verb],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
