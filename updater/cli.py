@@ -180,10 +180,20 @@ def open_client(config: Config) -> Client:
             health=HealthRunner(config.health_directory, config.health_timeout_s),
             scripts=ScriptRunner(config.scripts, config.data_dir, clock),
             modules=ModuleRunner(config.modules, config.data_dir, config.device_type),
-            observer=LeaveToDaemon() if config.server.require_contact else NoObserver(),
+            observer=LeaveToDaemon() if _is_left_to_daemon(config) else NoObserver(),
             limit=limit,
         ),
     )
+
+
+def _is_left_to_daemon(config: Config) -> bool:
+    """Whether a deployment may only be committed with the server's word, which init has not."""
+    if config.server.require_contact:
+        return True
+    import os  # noqa: PLC0415
+
+    # The path is that of `managed.control_path`, whose module is not for the boot.
+    return bool(config.server.url) and os.path.exists(f"{config.data_dir}/update-control")  # noqa: PTH110
 
 
 def _show(verb: str, client: Client) -> int:

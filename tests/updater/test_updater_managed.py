@@ -375,17 +375,16 @@ def test_an_expired_link_is_renewed_through_the_server(fleet: Fleet, manager: Ma
 def test_a_pause_holds_the_update_until_the_server_lets_it_go(
     fleet: Fleet, manager: Manager
 ) -> None:
-    pause = {"action": "pause"}
-    keys = ("ArtifactInstall_Enter", "ArtifactReboot_Enter", "ArtifactCommit_Enter")
-    manager.control = {"id": "c", "states": dict.fromkeys(keys, pause)}
+    """Before the install, before the restart, and, after it, before the commit."""
+    keys = ["ArtifactInstall_Enter", "ArtifactReboot_Enter", "ArtifactCommit_Enter"]
+    manager.control = {"id": "c", "states": {key: {"action": "pause"} for key in keys}}
     clock = fleet.world.clock
     honest = clock.wait
 
     def wait(seconds: float) -> None:
         honest(seconds)
-        assert manager.control is not None
-        # The person who is asked lets one state go after the other.
-        if manager.control["states"]:
+        # Whoever is asked lets one state go after the other.
+        if manager.control is not None and manager.control["states"]:
             manager.control["states"].pop(next(iter(manager.control["states"])))
 
     clock.wait = wait  # type: ignore[method-assign]
@@ -398,11 +397,53 @@ def test_a_pause_holds_the_update_until_the_server_lets_it_go(
         "rebooting",
     ]
     fleet.restart()
-    fleet.start()
-    assert fleet._daemon is not None
-    fleet._daemon._observer.control = {"ArtifactCommit_Enter": pause}
     fleet.settle()
     assert manager.reported()[5:] == ["pause_before_committing", "installing", "success"]
+    assert clock.waits == [300.0] * 3
+    assert not (fleet.world.directory / "update-control").exists()
+
+
+def test_a_pause_holds_through_a_restart_although_the_server_is_down(
+    fleet: Fleet, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("updater.device.managed.MAX_PAUSE_S", 3600.0)
+    manager.control = {"states": {"ArtifactCommit_Enter": {"action": "pause"}}}
+    fleet.cycle()
+    fleet.restart()
+    manager.down = True
+    assert (fleet.world.directory / "update-control").exists(), "init leaves it to the daemon"
+    before = fleet.world.clock.now
+    fleet.cycle()
+    assert fleet.world.clock.now - before >= 3600
+    assert "ArtifactCommit: paused for" in fleet.said, "and not for ever"
+    manager.down = False
+    manager.control = None
+    fleet.restart()
+    fleet.settle()
+    assert fleet.world.running_image() == "v1"
+
+
+def test_a_pause_before_the_restart_holds_when_the_daemon_starts_anew(
+    fleet: Fleet, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager.control = {"states": {"ArtifactReboot_Enter": {"action": "pause"}}}
+    honest = fleet.world.clock.wait
+
+    def killed(seconds: float) -> None:
+        raise PowerCutError
+
+    fleet.world.clock.wait = killed  # type: ignore[method-assign]
+    fleet.cycle()
+    assert fleet.world.store.update() is not None
+    # The process ended, not the device; a new one must not restart it either.
+    fleet._daemon = None
+    fleet.cycle()
+    assert "restarting:" not in fleet.said
+    manager.control = {"states": {}}
+    fleet.world.clock.wait = honest  # type: ignore[method-assign]
+    fleet._daemon = None
+    fleet.settle()
+    assert fleet.world.running_image() == "v2"
 
 
 def test_the_control_map_can_let_a_state_fail(fleet: Fleet, manager: Manager) -> None:

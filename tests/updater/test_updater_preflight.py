@@ -120,6 +120,26 @@ def test_without_the_environment_tool_nothing_is_begun(
     assert device("status")[1].startswith("state: Idle")
 
 
+@small_disks
+@pytest.mark.skipif(not shutil.which("fw_setenv"), reason="needs libubootenv-tool")
+def test_a_commit_into_an_environment_that_cannot_be_written_is_never_called_good(
+    tmp_path: Path, signing_key: PrivateKey, update: str
+) -> None:
+    """The real tool on a file system that is read-only: the device goes back by itself."""
+    device = Device(tmp_path / "device", "uboot", signing_key)
+    assert device("install", update)[0] == 0
+    assert device.reboot() == "b"
+    file = device.directory / "env.img"
+    script = f'mount --bind "{file}" "{file}" && mount -o remount,ro,bind "{file}" && exec "$@"'
+    with device.start("resume", prefix=("unshare", "-rm", "sh", "-c", script, "sh")) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "committed" not in err + out
+    assert "fw_setenv exited with" in err
+    assert device.reboot() == "a", "the boot loader has counted"
+    assert "rolled back to v1 (slot a): boot environment" in device("resume")[1]
+
+
 # A stand-in for a clock that nobody can turn back on a shared machine: the real time functions
 # behind an offset, which setting the clock corrects.
 CLOCK = r"""

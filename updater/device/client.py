@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 class NoObserver:
     """Nobody watches: an installation by hand."""
 
+    manages = False
+
     def proves(self, update: Update) -> bool:
         """Say yes."""
         return True
@@ -611,8 +613,9 @@ class Client:
         if decision is Decision.AWAIT_REBOOT:
             where = f" in slot {update.target}" if update.is_image else ""
             say(f"{update.artifact_name} waits{where}; reboot to start it")
-            if update.deployment:
-                self._request_reboot()
+            if update.deployment and self.ports.observer.manages:
+                # Once more from its beginning: what held it before the restart may hold it still.
+                self._run(State.REBOOT)
         elif decision is Decision.PROVE:
             self._run(State.VERIFY)
         elif decision is Decision.FINISH_COMMIT:

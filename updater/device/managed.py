@@ -14,13 +14,14 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from updater.device import console, lock, process
+from updater.device import console, files, lock, process
 from updater.device.api import AbortedError, Deployment, DeviceApi
 from updater.device.config import Config
 from updater.device.console import say
-from updater.device.errors import BusyError, ServerError, UpdaterError
+from updater.device.errors import BusyError, ServerError, StoreError, UpdaterError
 from updater.device.identity import inventory
 from updater.device.model import Outcome, Result, State, Update
+from updater.device.states import TABLE
 from updater.device.transport import backoff
 from updater.device.windows import minutes_until_open, parse_window
 
@@ -46,6 +47,11 @@ GATES = {
 MAX_PAUSE_S = 7 * 86400.0
 PAUSE_POLL_S = 300.0
 _MAX_LOG_BYTES = 512 * 1024
+
+
+def control_path(data_dir: str) -> str:
+    """Return where the update control map of the deployment in progress is kept."""
+    return f"{data_dir}/update-control"
 
 
 class DeploymentLog:
@@ -130,7 +136,38 @@ class ServerObserver:
         self._log = log
         self._clock = clock
         self._windows = [parse_window(text) for text in config.server.windows]
-        self.control: dict[str, Any] = {}
+        self._path = control_path(config.data_dir)
+        self._control_of = ""
+        self._control: dict[str, Any] = {}
+
+    manages = True
+
+    def remember(self, deployment: str, control: dict[str, Any]) -> None:
+        """Keep the update control map through restarts; an empty one is not kept."""
+        self._control_of, self._control = deployment, control
+        try:
+            if control:
+                value = {"deployment": deployment, "states": control}
+                files.write_durably(self._path, json.dumps(value).encode())
+            elif os.path.exists(self._path):  # noqa: PTH110
+                os.unlink(self._path)  # noqa: PTH108
+        except OSError as error:
+            raise StoreError(f"{self._path}: {error.strerror}") from error
+
+    def _recall(self, deployment: str) -> None:
+        """Get back the map of a deployment that an earlier process began."""
+        if self._control_of == deployment:
+            return
+        self._control_of, self._control = deployment, {}
+        try:
+            with open(self._path, "rb") as file:  # noqa: PTH123
+                value = json.loads(file.read())
+            if value["deployment"] == deployment:
+                self._control = dict(value["states"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self._path}: the update control map is lost: {error}") from error
 
     def proves(self, update: Update) -> bool:
         """Whether the new system may be proved here and now."""
@@ -155,6 +192,9 @@ class ServerObserver:
 
     def _gate(self, update: Update, state: State) -> None:
         """Return when the update may go on; UpdaterError when it must not."""
+        self._recall(update.deployment)
+        if self._control:
+            self._refresh(update)
         give_up = self._clock.monotonic() + MAX_PAUSE_S
         said = ""
         while reason := self._pause_reason(update, state):
@@ -165,10 +205,11 @@ class ServerObserver:
                 say(f"{state} waits: {said}")
                 self._report(update, GATES[state])
             self._clock.wait(reason[1])
-            self._refresh(update)
+            if self._control:
+                self._refresh(update)
 
     def _pause_reason(self, update: Update, state: State) -> tuple[str, float] | None:
-        entry = self.control.get(f"{state}_Enter")
+        entry = self._control.get(f"{state}_Enter")
         action = entry.get("action", "continue") if isinstance(entry, dict) else "continue"
         if action == "fail":
             raise UpdaterError(f"the server's update control lets {state} fail")
@@ -183,7 +224,7 @@ class ServerObserver:
 
     def _refresh(self, update: Update) -> None:
         try:
-            self.control = self._api.control_map(update.deployment)
+            self.remember(update.deployment, self._api.control_map(update.deployment))
         except ServerError as error:
             say(f"warning: update control: {error}; the last one holds")
 
@@ -209,8 +250,12 @@ class ServerObserver:
                 return
 
     def finished(self, update: Update, outcome: Outcome) -> None:
-        """Close the log; what to tell the server is in the store."""
+        """Close the log and forget the map; what to tell the server is in the store."""
         self._log.end()
+        try:
+            self.remember("", {})
+        except StoreError as error:
+            say(f"warning: {error}")
 
 
 class Daemon:
@@ -289,7 +334,7 @@ class Daemon:
         failed: float | None = None
         deployment = None
         try:
-            with self._client.ports.limit(str(State.SYNC), SYNC_DEADLINE_S):
+            with self._client.ports.limit(str(State.SYNC), TABLE[State.SYNC].deadline_s):
                 scripts.run("Sync", "Enter", ignore_errors=False)
                 self.deliver()
                 self._send_inventory()
@@ -333,7 +378,7 @@ class Daemon:
                 say(f"error: {error}")
             return
         self._log.begin(deployment.id)
-        self._observer.control = deployment.control
+        self._observer.remember(deployment.id, deployment.control)
         transport = self._client.ports.transport
         transport.identity = f"deployment {deployment.id}"
         transport.refresh = lambda: self._new_link(deployment)
@@ -404,9 +449,6 @@ class Daemon:
                 say(f"error: {command[0]} {result.failure()}")
         # Normally the device is gone before this ends; if not, the next cycle asks again.
         return self._config.server.retry_s
-
-
-SYNC_DEADLINE_S = 2 * 3600.0
 
 
 def _spread() -> float:

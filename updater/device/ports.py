@@ -229,7 +229,15 @@ class Modules(Protocol):
 
 
 class Observer(Protocol):
-    """Who follows an update from outside, and may hold or stop it (`managed.py`)."""
+    """Who follows an update from outside, and may hold or stop it (`managed.py`).
+
+    `manages`: restarts are this process's business, not those of a person or of init.
+    """
+
+    @property
+    def manages(self) -> bool:
+        """Whether this process restarts the device."""
+        ...
 
     def proves(self, update: Update) -> bool:
         """Whether the new system may be proved here and now, at a start of the client."""
