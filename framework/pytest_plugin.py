@@ -8,8 +8,8 @@ Markers:
     base(variant): the image in slot a at the beginning (default v1).
     update(variant): the image in the update (default v2).
     images(variants...): further images that it uses.
-    planted(violates=n): the base or update is broken on purpose; the scenario must turn red with
-        invariant n, and the test passes if it does.
+    planted(violates=n): something is broken on purpose; the scenario must turn red with invariant
+        n (or all of a tuple), and the test passes if it does.
     demo, smoke: subsets of the suite.
 """
 
@@ -261,17 +261,18 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if failure is not None:
         raise failure
     if planted is not None:
-        _expect_violation(verdict, int(planted.kwargs["violates"]))
+        _expect_violations(verdict, planted.kwargs["violates"])
     elif verdict.outcome is not Outcome.PASS:
         raise ViolationError(verdict)
     return outcome
 
 
-def _expect_violation(verdict: Verdict, number: int) -> None:
-    if number not in verdict.violated:
-        raise AssertionError(
-            f"the planted bug was not caught: wanted VIOLATION({number}), verdict is {verdict}"
-        )
+def _expect_violations(verdict: Verdict, numbers: int | tuple[int, ...]) -> None:
+    for number in (numbers,) if isinstance(numbers, int) else numbers:
+        if number not in verdict.violated:
+            raise AssertionError(
+                f"the planted bug was not caught: wanted VIOLATION({number}), verdict is {verdict}"
+            )
 
 
 def _leave(

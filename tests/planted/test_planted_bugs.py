@@ -7,7 +7,7 @@ fired would prove nothing. Run with a rig: `pytest tests/planted --lg-env rigs/q
 import allure
 import pytest
 
-from framework.disk import TornSector
+from framework.disk import LyingFlush, TornSector
 from framework.faults import after_switch, boot_env_write, slot_write
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
@@ -98,4 +98,22 @@ def test_a_boot_environment_without_redundancy_is_caught(
     back = bench.update("unhealthy+single-env", proxy.port)
     faults.power_cut(TornSector(newest=True, kinds=("garbage",))).when(boot_env_write(1))
     device.install(back)
+    device.restore()
+
+
+@pytest.mark.base("v1+no-trial")
+@pytest.mark.update("panics")
+@pytest.mark.planted(violates=(1, 8))
+def test_switching_without_a_trial_is_caught_by_an_image_that_panics(
+    device: Device, update: Update
+) -> None:
+    device.update(update)
+
+
+@pytest.mark.planted(violates=5)
+def test_a_drive_that_acknowledges_flushes_and_forgets_is_caught(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    faults.power_cut(LyingFlush(keep=0.0)).when(slot_write(percent=10))
+    device.install(update)
     device.restore()
