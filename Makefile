@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup demo test lint images unit scenarios night lock bench clean
+.PHONY: setup demo test lint images unit scenarios night lock bench fuzz clean
 
 setup:
 	@.ci/bootstrap
@@ -42,6 +42,13 @@ night: images
 bench: images
 	.venv/bin/python tests/benchmarks/recorder.py
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
+
+# Coverage-guided fuzzing of the artifact reader. What it finds is kept in build/fuzz; SECONDS=3600.
+SECONDS ?= 600
+fuzz: setup
+	mkdir -p build/fuzz/corpus build/fuzz/found
+	.venv/bin/python tests/fuzz/fuzz_artifact.py -max_total_time=$(SECONDS) \
+		-artifact_prefix=build/fuzz/found/ -print_final_stats=1 build/fuzz/corpus tests/fuzz/corpus
 
 lock: setup
 	.venv/bin/python -m pip install --quiet uv

@@ -61,6 +61,13 @@ def main(
             from updater.artifact import cli as artifact_cli  # noqa: PLC0415
 
             return artifact_cli.run(options)
+        if options.verb == "support-bundle":
+            # Before the configuration is looked at: it may be what is broken.
+            from updater.device.support_bundle import write_bundle  # noqa: PLC0415
+
+            place = write_bundle(options.output, options.config, slot_hashes=options.slot_hashes)
+            say(f"wrote {place}")
+            return EXIT_OK
         return _on_device(options.verb, options.config, compose or open_client, options)
     except InterruptedBySignal as interrupt:
         say(f"error: {interrupt}; nothing is lost, run the command again")
@@ -246,6 +253,9 @@ def _parse(given: list[str]) -> argparse.Namespace:
         verbs.add_parser(name, help=text)
     daemon = verbs.add_parser("daemon", help="let the server of [server] manage this device")
     daemon.add_argument("--once", action="store_true", help="one cycle, then end")
+    bundle = verbs.add_parser("support-bundle", help="collect what explains a failure in one file")
+    bundle.add_argument("-o", "--output", metavar="FILE", help="default: here, named by the date")
+    bundle.add_argument("--slot-hashes", action="store_true", help="hash both slots (slow)")
     artifact = verbs.add_parser("artifact", help="write, read and validate artifacts (host)")
     if given and "artifact" in given:
         from updater.artifact import cli as artifact_cli  # noqa: PLC0415

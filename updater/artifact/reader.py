@@ -37,7 +37,7 @@ from updater.artifact.errors import (
     ArtifactLimitError,
     ArtifactSignatureError,
 )
-from updater.artifact.tar import Member, Readable, TarReader
+from updater.artifact.tar import Member, Memory, Readable, TarReader
 
 if TYPE_CHECKING:
     from updater.artifact.signature import PublicKey
@@ -380,20 +380,6 @@ class PayloadFile:
         buffer = memoryview(bytearray(_SKIP_BYTES))
         while count := self.readinto(buffer):
             yield buffer[:count]
-
-
-class Memory:
-    """Bytes as a `Readable`."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = memoryview(content)
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Fill as much of `buffer` as there is; 0 at the end."""
-        count = min(len(buffer), len(self._content))
-        buffer[:count] = self._content[:count]
-        self._content = self._content[count:]
-        return count
 
 
 def _header_rank(name: str) -> int | None:

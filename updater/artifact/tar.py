@@ -10,6 +10,7 @@ owner and time are constants), so the same content gives the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from updater.artifact.errors import (
@@ -29,6 +30,14 @@ _MAX_SIZE = 1 << 50
 _PAX_KEYS_WITHOUT_EFFECT = frozenset(
     {"mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"}
 )
+_NUMBERS_WITHOUT_EFFECT = (
+    ("mode", 100, 108),
+    ("owner", 108, 116),
+    ("group", 116, 124),
+    ("time", 136, 148),
+    ("device", 329, 337),
+    ("device", 337, 345),
+)
 
 
 class Readable(Protocol):
@@ -37,6 +46,35 @@ class Readable(Protocol):
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill at least one byte of `buffer`, return how many; 0 only at the end."""
         ...
+
+
+class Memory:
+    """Bytes as a `Readable`."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = memoryview(content)
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill as much of `buffer` as there is; 0 at the end."""
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
+class Counted:
+    """A `Readable` that reports how many bytes each read gave."""
+
+    def __init__(self, source: Readable, report: Callable[[int], None] | None) -> None:
+        self._source = source
+        self._report = report
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Read from the source, and report."""
+        count = self._source.readinto(buffer)
+        if self._report is not None:
+            self._report(count)
+        return count
 
 
 class Member(NamedTuple):
@@ -150,6 +188,11 @@ class TarReader:
             raise ArtifactFormatError(f"{self._where}: a tar header's checksum is wrong")
         if self._block[257:262].tobytes() != b"ustar":
             raise ArtifactFormatError(f"{self._where}: not a ustar or pax archive")
+        for what, start, end in _NUMBERS_WITHOUT_EFFECT:
+            field = self._block[start:end].tobytes()
+            # Other readers stop at a malformed one, and would see another archive than this one.
+            if field.strip(b"\0 ") and field[0] != 0xFF:
+                _number(field, self._where, what)
         return True
 
     def _read_pax(self) -> dict[str, str]:
@@ -255,12 +298,14 @@ def member(name: str, content: bytes) -> bytes:
 
 
 def _number(field: bytes, where: str, what: str) -> int:
-    if field[0] & 0x80:
-        value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-        if field[0] & 0x40:
-            raise ArtifactFormatError(f"{where}: a tar header's {what} is negative")
-        return value
-    digits = field.strip(b"\0 ")
+    """Return a header field's number: octal, or base-256 behind 0x80, as GNU tar writes it.
+
+    Readers differ in what else they take for a number (a NUL in front, other first bytes), and
+    what they disagree on is refused here, so that all see the same archive.
+    """
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.rstrip(b"\0 ").lstrip(b" ")
     if not digits or any(byte not in b"01234567" for byte in digits):
         raise ArtifactFormatError(f"{where}: a tar header's {what} is not octal")
     return int(digits, 8)

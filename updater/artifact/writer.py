@@ -17,7 +17,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1024 * 1024
 _MAX_SCRIPT_BYTES = 4 * 1024 * 1024
 _HEADER_DEPENDS = ("artifact_name", "device_type", "artifact_group")
+
+
+Progress = Callable[[int], None]
+
+
+def _silent(_: int) -> None:
+    """Show no progress."""
 
 
 class Software(NamedTuple):
@@ -52,9 +59,10 @@ DEFAULT_SOFTWARE = Software()
 class Packing(NamedTuple):
     """How an artifact is packed: signing key, compression, level (None: the default)."""
 
-    key: PrivateKey | None = None
-    compression: str = "zstd"
-    level: int | None = None
+    key: PrivateKey | None
+    compression: str
+    level: int | None
+    progress: Progress
 
 
 class _File(NamedTuple):
@@ -82,6 +90,7 @@ def write_artifact(
     software: Software | None = DEFAULT_SOFTWARE,
     checksum_key: str | None = "rootfs-image.checksum",
     scripts: Sequence[Path | str] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write the root file system `image` as the artifact `name` to `output`.
 
@@ -102,13 +111,15 @@ def write_artifact(
         software: the version key; None for none.
         checksum_key: what the image's SHA-256 is provided as; None for nothing.
         scripts: files named `State_Action_NN[_text]`.
+        progress: called with the number of bytes read since the last call; each payload byte is
+            read twice.
 
     Raises:
         ArtifactError: an input is unusable, or the disk is full.
     """
     image = Path(image)
     with _readable_errors(output):
-        file = _hash_file(image)
+        file = _hash_file(image, progress or _silent)
         if file.size == 0:
             raise ArtifactError(f"{image}: empty")
         own: dict[str, str] = {}
@@ -129,7 +140,7 @@ def write_artifact(
             info=_header_info(metadata.ROOTFS_IMAGE, name, device_types, group, depends),
             type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
             scripts=scripts,
-            packing=Packing(key, compression, level),
+            packing=Packing(key, compression, level, progress or _silent),
         )
 
 
@@ -151,6 +162,7 @@ def write_module_artifact(
     default_clears: bool = True,
     software: Software | None = DEFAULT_SOFTWARE,
     scripts: Sequence[Path | str] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write `files` as an artifact for the update module `payload_type`.
 
@@ -169,12 +181,12 @@ def write_module_artifact(
             defaults = [f"{prefix}.*"] if default_clears else []
         _write(
             output,
-            [_hash_file(Path(path)) for path in files],
+            [_hash_file(Path(path), progress or _silent) for path in files],
             meta_data=None if meta_data is None else metadata.format_meta_data(meta_data),
             info=_header_info(payload_type, name, device_types, group, depends),
             type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
             scripts=scripts,
-            packing=Packing(key, compression, level),
+            packing=Packing(key, compression, level, progress or _silent),
         )
 
 
@@ -200,12 +212,17 @@ def write_bootstrap_artifact(
             info=_header_info(None, name, device_types, group, depends),
             type_info=_type_info(provides or {}, depends, clears),
             scripts=(),
-            packing=Packing(key, compression, level),
+            packing=Packing(key, compression, level, _silent),
         )
 
 
 def sign_artifact(
-    source: Path | str, output: Path | str, key: PrivateKey, *, replace: bool = False
+    source: Path | str,
+    output: Path | str,
+    key: PrivateKey,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Write `source` with a signature of `key` to `output`, which may be `source` itself.
 
@@ -216,7 +233,7 @@ def sign_artifact(
     from updater.artifact.signature import sign  # noqa: PLC0415
 
     with _readable_errors(output), Path(source).open("rb") as file:
-        reader = ArtifactReader(file)
+        reader = ArtifactReader(tar.Counted(file, progress))
         if reader.signed and not replace:
             raise ArtifactError(f"{source}: is signed already; --force replaces the signature")
         for _ in reader.files():
@@ -231,6 +248,7 @@ def sign_artifact(
             written.write(front)
             while chunk := file.read(_CHUNK_BYTES):
                 written.write(chunk)
+                (progress or _silent)(len(chunk))
 
 
 def _offset_behind_signature(file: io.BufferedReader) -> int:
@@ -381,7 +399,7 @@ def _write_data(file: IO[bytes], files: Sequence[_File], packing: Packing) -> No
     file.write(bytes(tar.BLOCK))
     packer = compressor(packing.compression, packing.level)
     for source in files:
-        _write_file(file, source, packer)
+        _write_file(file, source, packer, packing.progress)
     file.write(packer.compress(tar.END_OF_ARCHIVE))
     file.write(packer.flush())
     end = file.tell()
@@ -393,28 +411,39 @@ def _write_data(file: IO[bytes], files: Sequence[_File], packing: Packing) -> No
     file.seek(end)
 
 
-def _write_file(file: IO[bytes], source: _File, packer: Any) -> None:
+def _write_file(file: IO[bytes], source: _File, packer: Any, progress: Progress) -> None:
     digest = hashlib.sha256()
-    read = 0
     file.write(packer.compress(tar.header(source.path.name, source.size)))
     with source.path.open("rb") as content:
-        while chunk := content.read(_CHUNK_BYTES):
+        for chunk in _exactly(content, source.size, progress):
             digest.update(chunk)
-            read += len(chunk)
             file.write(packer.compress(chunk))
-    if read != source.size or digest.hexdigest() != source.sha256:
+    if digest.hexdigest() != source.sha256:
         raise ArtifactError(f"{source.path}: changed while it was being read")
     file.write(packer.compress(tar.padding(source.size)))
 
 
-def _hash_file(path: Path) -> _File:
+def _hash_file(path: Path, progress: Progress) -> _File:
     digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for chunk in _exactly(file, size, progress):
             digest.update(chunk)
-            size += len(chunk)
     return _File(path, size, digest.hexdigest())
+
+
+def _exactly(file: IO[bytes], size: int, progress: Progress) -> Iterator[bytes]:
+    """Yield the file's `size` bytes; a file that shrank or grew is an error, and ends."""
+    left = size
+    while chunk := file.read(_CHUNK_BYTES):
+        left -= len(chunk)
+        if left < 0:
+            break
+        yield chunk
+        progress(len(chunk))
+    if left:
+        raise ArtifactError(f"{file.name}: changed while it was being read")
 
 
 @contextmanager
