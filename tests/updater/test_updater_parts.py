@@ -18,6 +18,7 @@ from updater.device.config import Slot, load_config
 from updater.device.errors import ConfigError, HealthError, SlotError, StoreError
 from updater.device.health import HealthRunner
 from updater.device.model import Outcome, Part, Result, State, Update
+from updater.device.overlapped import Overlapped
 from updater.device.slot_writer import CHUNK_BYTES, HEAD_BYTES, SlotWriter
 from updater.device.store import SqliteStore
 
@@ -430,6 +431,58 @@ def test_every_failing_write_and_sync_is_fatal(tmp_path: Path) -> None:
                 bytes(HEAD_BYTES),
                 image_bytes(CHUNK_BYTES + 8192, 1)[:HEAD_BYTES],
             )
+
+
+def test_overlapped_writes_keep_content_and_order(tmp_path: Path) -> None:
+    content = image_bytes(3 * CHUNK_BYTES + 5000, 8)
+    inner = LoggedDevice(slot_file(tmp_path))
+    device = Overlapped(inner, CHUNK_BYTES)
+    writer, payload = SlotWriter(device, SLOT), Payload(content)
+    writer.write(payload)
+    writer.sync()
+    writer.read_back(payload)
+    device.close()
+    device.close()
+    assert (tmp_path / "slot.img").read_bytes()[: len(content)] == content
+    assert [what for what, _, _ in inner.log] == [
+        "write",
+        "sync",
+        *["write"] * 4,
+        "sync",
+        "write",
+        "sync",
+    ]
+
+
+def test_an_error_of_an_overlapped_write_is_never_lost(tmp_path: Path) -> None:
+    """At whichever effect it strikes, and at the very last too: then `sync` or `close` raises."""
+    for fail_at in range(1, 8):
+        device = Overlapped(LoggedDevice(slot_file(tmp_path), fail_at), CHUNK_BYTES)
+        writer = SlotWriter(device, SLOT)
+        with pytest.raises(SlotError, match="Input/output error"):
+            writer.write(Payload(image_bytes(CHUNK_BYTES + 8192, 1)))
+            writer.sync()
+        device.close()
+    device = Overlapped(LoggedDevice(slot_file(tmp_path), 1), CHUNK_BYTES)
+    device.write(0, memoryview(bytes(4096)))
+    with pytest.raises(SlotError, match="Input/output error"):
+        device.close()
+
+
+def test_an_overlapped_read_back_finds_a_difference(tmp_path: Path) -> None:
+    content = image_bytes(CHUNK_BYTES * 3, 3)
+    path = slot_file(tmp_path)
+    for position in (700_000, 1_500_000, 3_000_000):
+        device = Overlapped(DirectDevice(str(path)), CHUNK_BYTES)
+        writer, payload = SlotWriter(device, SLOT), Payload(content)
+        writer.write(payload)
+        writer.sync()
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(bytes([content[position] ^ 4]))
+        with pytest.raises(SlotError, match="does not hold what was written"):
+            writer.read_back(payload)
+        device.close()
 
 
 def test_too_small_a_slot_is_refused_before_anything_is_written(tmp_path: Path) -> None:
