@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from updater.device.client import Client
+    from updater.device.modules import ModuleRunner
+    from updater.device.scripts import ScriptRunner
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -159,12 +161,21 @@ def open_client(config: Config) -> Client:
     from updater.device.client import Client, LeaveToDaemon, NoObserver, Ports  # noqa: PLC0415
     from updater.device.clock import SystemClock, floor_seconds, raise_to  # noqa: PLC0415
     from updater.device.health import HealthRunner  # noqa: PLC0415
-    from updater.device.modules import ModuleRunner  # noqa: PLC0415
+    from updater.device.later import later  # noqa: PLC0415
     from updater.device.reboot import ExitCodeReboot  # noqa: PLC0415
-    from updater.device.scripts import ScriptRunner  # noqa: PLC0415
     from updater.device.signals import limit  # noqa: PLC0415
     from updater.device.store import SqliteStore, database_path  # noqa: PLC0415
     from updater.device.transport import FileOrHttpsTransport  # noqa: PLC0415
+
+    def scripts() -> ScriptRunner:
+        from updater.device.scripts import ScriptRunner  # noqa: PLC0415
+
+        return ScriptRunner(config.scripts, config.data_dir, clock)
+
+    def modules() -> ModuleRunner:
+        from updater.device.modules import ModuleRunner  # noqa: PLC0415
+
+        return ModuleRunner(config.modules, config.data_dir, config.device_type)
 
     clock = SystemClock()
     database = database_path(config.data_dir)
@@ -185,8 +196,8 @@ def open_client(config: Config) -> Client:
             ),
             reboot=ExitCodeReboot(),
             health=HealthRunner(config.health_directory, config.health_timeout_s),
-            scripts=ScriptRunner(config.scripts, config.data_dir, clock),
-            modules=ModuleRunner(config.modules, config.data_dir, config.device_type),
+            scripts=later(scripts),
+            modules=later(modules),
             observer=LeaveToDaemon() if _is_left_to_daemon(config) else NoObserver(),
             limit=limit,
         ),
