@@ -55,6 +55,15 @@ fw_env_config = "/etc/fw_env.config"
         ("[slots]", "[slots", "not valid TOML"),
         ("[slots]", "tls = 3\n[slots]", "tls must be a table"),
         ("[bootenv]", "[health]\ntimeout_s = 0\n[bootenv]", "health.timeout_s must be from 0.1"),
+        ("[bootenv]", '[server]\nurl = "http://x"\n[bootenv]', "server.url must begin with https"),
+        ("[bootenv]", "[server]\npoll_s = 9\n[bootenv]", "server.url is missing"),
+        (
+            "[bootenv]",
+            '[server]\nurl = "https://x"\nwindows = ["late"]\n[bootenv]',
+            "server.windows: 'late' is not like",
+        ),
+        ("[bootenv]", "[scripts]\ntimeout = 3\n[bootenv]", "unknown key 'scripts.timeout'"),
+        ("device_type", "grow_ext4 = 1\ndevice_type", "grow_ext4 must be true or false"),
         ("[bootenv]", "[trust]\nartifact_keys = 'k'\n[bootenv]", "must be a list of strings"),
     ],
 )
@@ -69,6 +78,18 @@ def test_configuration_errors_name_file_and_key(
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_slots_can_be_named_as_in_fstab(tmp_path: Path) -> None:
+    path = tmp_path / "updater.toml"
+    text = GOOD.replace("/dev/vda2", "PARTUUID=0a1b-02").replace("/dev/vda3", "PARTLABEL=rootfs-b")
+    path.write_text(text)
+    first, second = load_config(str(path)).slots
+    assert first.device == "/dev/disk/by-partuuid/0a1b-02"
+    assert second.device == "/dev/disk/by-partlabel/rootfs-b"
+    path.write_text(GOOD.replace("/dev/vda2", "LABEL=../../sda"))
+    with pytest.raises(ConfigError, match=r"slots\.a\.device must be an absolute path"):
+        load_config(str(path))
 
 
 def test_configuration_defaults(tmp_path: Path) -> None:

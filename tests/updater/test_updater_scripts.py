@@ -317,6 +317,7 @@ def test_a_cut_at_any_event_with_scripts_ends_with_whole_scripts(
             assert not (world.directory / "scripts").exists()
             if world.running_image() == "v2":
                 assert seen[-1] == "ArtifactCommit_Leave", seen
+                assert "ArtifactInstall_Leave" in seen, "committed without its migration"
                 assert world.client().artifact_name() == "v2"
             elif any(name.startswith("Artifact") for name in seen):
                 assert seen[-2:] == FAILURE, seen

@@ -229,7 +229,7 @@ def _slots(table: _Table) -> tuple[Slot, Slot]:
         number = entry.number("number", None, 1, 255)
         if number != int(number):
             raise ConfigError(f"{table.file}: slots.{name}.number must be whole")
-        slots.append(Slot(name, entry.absolute("device"), int(number)))
+        slots.append(Slot(name, _device_path(entry), int(number)))
         entry.refuse_unknown()
     if len(slots) != 2:
         raise ConfigError(f"{table.file}: [slots] must name exactly two slots, not {len(slots)}")
@@ -237,6 +237,24 @@ def _slots(table: _Table) -> tuple[Slot, Slot]:
     if first.device == second.device or first.number == second.number:
         raise ConfigError(f"{table.file}: both slots have the same device or number")
     return first, second
+
+
+_BY = {
+    "PARTUUID=": "/dev/disk/by-partuuid/",
+    "PARTLABEL=": "/dev/disk/by-partlabel/",
+    "UUID=": "/dev/disk/by-uuid/",
+    "LABEL=": "/dev/disk/by-label/",
+}
+
+
+def _device_path(entry: _Table) -> str:
+    """A path, or what names a partition as in fstab; then udev's links are followed."""
+    text = entry.text("device")
+    for prefix, directory in _BY.items():
+        name = text.removeprefix(prefix)
+        if name != text and name and "/" not in name:
+            return directory + name
+    return entry.absolute("device")
 
 
 def _bootenv(table: _Table) -> BootEnvConfig:
