@@ -493,7 +493,7 @@ def test_an_error_of_an_overlapped_write_is_never_lost(tmp_path: Path) -> None:
 def test_an_overlapped_read_back_finds_a_difference(tmp_path: Path) -> None:
     content = image_bytes(CHUNK_BYTES * 3, 3)
     path = slot_file(tmp_path)
-    for position in (700_000, 1_500_000, 3_000_000):
+    for position in (CHUNK_BYTES - 1, CHUNK_BYTES + 1, CHUNK_BYTES * 3 - 1):
         device = Overlapped(DirectDevice(str(path)), CHUNK_BYTES)
         writer, payload = SlotWriter(device, SLOT), Payload(content)
         writer.write(payload)
@@ -522,8 +522,8 @@ def test_a_difference_on_the_medium_is_found_and_the_slot_made_unloadable(tmp_pa
     writer.write(payload)
     writer.sync()
     with path.open("r+b") as file:
-        file.seek(1_500_000)
-        file.write(bytes([content[1_500_000] ^ 4]))
+        file.seek(1_000_000)
+        file.write(bytes([content[1_000_000] ^ 4]))
     with pytest.raises(SlotError, match="does not hold what was written"):
         writer.read_back(payload)
     device.close()

@@ -232,7 +232,7 @@ def test_it_is_worth_spooling_what_is_slow_and_fits(
     elapsed_s: float, free_mib: int, answer: bool
 ) -> None:
     total = 100 << 20
-    assert worth_it(total, HOLD_BYTES, elapsed_s, free_mib << 20, 60.0) is answer
+    assert worth_it(total, 1 << 20, elapsed_s, free_mib << 20, 60.0) is answer
     assert total > CHECKPOINT_BYTES
 
 

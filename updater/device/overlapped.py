@@ -1,6 +1,6 @@
 """A block device whose writes and reads go on while the caller prepares the next ones.
 
-One write is under way while the next megabyte is received, decompressed and hashed, and while one
+One write is under way while the next piece is received, decompressed and hashed, and while one
 is hashed in the read-back the next is read: a second core, or a slow medium, is not waited for
 twice. One operation at a time, in the caller's order, in a thread that takes no signals. An error
 is raised by the caller's next operation, at the latest by `sync` or `close`; nothing is reported

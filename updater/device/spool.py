@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 CHECKPOINT_BYTES = 4 * 1024 * 1024
 RESERVE_BYTES = 8 * 1024 * 1024
-# What is held in memory until it is known whether the download is slow.
-HOLD_BYTES = 1024 * 1024
+# What is held in memory until it is known whether the download is slow; the pace of the second
+# half counts, because the first is the connection's slow start.
+HOLD_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024
 
 
@@ -44,10 +45,10 @@ class Checkpoint(NamedTuple):
 
 
 def worth_it(
-    total_bytes: int, held_bytes: int, elapsed_s: float, free_bytes: int, min_s: float
+    total_bytes: int, sample_bytes: int, elapsed_s: float, free_bytes: int, min_s: float
 ) -> bool:
-    """Say whether a download that got this far in that time should be spooled."""
-    expected_s = total_bytes * elapsed_s / held_bytes
+    """Say whether a download whose last `sample_bytes` took that long should be spooled."""
+    expected_s = total_bytes * elapsed_s / max(1, sample_bytes)
     return expected_s >= min_s and free_bytes >= total_bytes + RESERVE_BYTES
 
 

@@ -149,7 +149,7 @@ class _HttpsDownload:
         self._replay_at: int | None = None
         self._held: bytearray | None = None
         self._spooling = False
-        self._started = clock.monotonic()
+        self._sample = (clock.monotonic(), 0)
         self.identity = url
         self.refresh: Callable[[], str] | None = None
 
@@ -259,13 +259,15 @@ class _HttpsDownload:
         from updater.device import spool  # noqa: PLC0415
 
         if len(self._held) < spool.HOLD_BYTES:
+            if len(self._held) <= spool.HOLD_BYTES // 2:
+                self._sample = (self._clock.monotonic(), len(self._held))
             return
         assert self._total is not None
         held, self._held = bytes(self._held), None
-        elapsed = self._clock.monotonic() - self._started
-        if spool.worth_it(
-            self._total, len(held), elapsed, self._spool.free_bytes(), self._bounds.spool_min_s
-        ):
+        since, at = self._sample
+        elapsed = self._clock.monotonic() - since
+        free = self._spool.free_bytes()
+        if spool.worth_it(self._total, len(held) - at, elapsed, free, self._bounds.spool_min_s):
             self._spooling = True
             self._spool.begin(self.identity, self._total, self._validator, held)
 
