@@ -17,7 +17,7 @@ from updater_world import FakeClock
 from updater.device import clock, spool
 from updater.device.config import DownloadConfig
 from updater.device.errors import TransportError
-from updater.device.spool import CHECKPOINT_BYTES, HOLD_BYTES, Spool, worth_it
+from updater.device.spool import CHECKPOINT_BYTES, Spool, worth_it
 from updater.device.transport import FileOrHttpsTransport, backoff
 
 CONTENT = image_bytes(3_000_000, 12)
