@@ -25,7 +25,7 @@ images: setup
 	done
 
 unit: images
-	$(PYTEST) tests --ignore tests/planted --durations=20
+	$(PYTEST) tests --ignore tests/planted -m "not night" --durations=20
 
 scenarios: images
 	$(PYTEST) tests/planted --lg-env rigs/qemu-arm64.yaml
@@ -33,8 +33,9 @@ scenarios: images
 		$(PYTEST) scenarios -m smoke --lg-env rigs/$$target.yaml || exit 1; \
 	done
 
-# The whole matrix, and everything on an SD card too: for the night.
+# The whole matrix, everything on an SD card too, and the long tests: for the night.
 night: images
+	$(PYTEST) tests --ignore tests/planted -m night
 	@for rig in rigs/*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done

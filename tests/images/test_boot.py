@@ -148,7 +148,9 @@ def test_a_committed_trial_stays(bench: Bench) -> None:
     assert bench.said("rolling back") == 0
 
 
-@pytest.mark.parametrize(("variant", "limit_s"), [("panics", 90), ("hangs", 150)])
+@pytest.mark.parametrize(
+    ("variant", "limit_s"), [("panics", 90), pytest.param("hangs", 150, marks=pytest.mark.night)]
+)
 def test_a_system_that_never_gets_ready_is_taken_back(
     bench: Bench, variant: str, limit_s: int
 ) -> None:
@@ -176,7 +178,7 @@ def test_a_committed_slot_that_cannot_be_loaded_gives_way_without_a_write(bench:
         assert bench.variables(machine)["mender_boot_part"] == "2"
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.night)])
 def test_one_damaged_copy_changes_nothing(bench: Bench, number: int) -> None:
     bench.disk.put("b", "v2")
     to_b = bench.set_command(mender_boot_part="3", mender_boot_part_hex="3")
@@ -187,7 +189,7 @@ def test_one_damaged_copy_changes_nothing(bench: Bench, number: int) -> None:
     assert bench.said("no valid environment") == 0
 
 
-@pytest.mark.parametrize("destroyed", ["none", "a"])
+@pytest.mark.parametrize("destroyed", [pytest.param("none", marks=pytest.mark.night), "a"])
 def test_without_any_valid_copy_a_slot_that_loads_is_started_and_recorded(
     bench: Bench, destroyed: str
 ) -> None:

@@ -241,6 +241,7 @@ def test_a_lost_version_can_be_replaced_without_touching_the_lock(
     assert any("committed versions have gone" in note.step for note in notes)
 
 
+@pytest.mark.night
 def test_relock_writes_the_lock(
     lock_with_a_lost_version: Path, places: Places, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_a_copy_is_what_mkenvimage_makes(tmp_path: Path) -> None:
 class TestWithTheSource:
     """These need the package cache filled: the first one that runs fills it."""
 
+    @pytest.mark.night
     def test_a_second_build_elsewhere_gives_the_same_bytes(self) -> None:
         """In another directory, and from a source whose cached copy was damaged meanwhile."""
         before = hashlib.sha256(uboot.build().binary.read_bytes()).hexdigest()
@@ -110,11 +111,13 @@ class TestWithTheSource:
         for trace in (str(Path.home()), str(uboot.DEFAULT_CACHE), "/tmp/"):
             assert trace.encode() not in data
 
+    @pytest.mark.night
     def test_a_setting_that_uboot_does_not_have_stops_the_build(self) -> None:
         inputs = uboot.Inputs(extra=("CONFIG_NO_SUCH_THING=y",))
         with pytest.raises(uboot.UbootError, match="does not take 'CONFIG_NO_SUCH_THING=y'"):
             uboot.build(inputs=inputs)
 
+    @pytest.mark.night
     def test_a_failed_compilation_is_one_line_with_the_log(self) -> None:
         inputs = uboot.Inputs(extra=('CONFIG_DEFAULT_ENV_FILE="absent.env"',))
         with pytest.raises(uboot.UbootError) as caught:

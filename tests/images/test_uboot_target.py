@@ -119,7 +119,11 @@ def board(images: TargetImages, tmp_path: Path) -> Board:
 
 split = pytest.mark.parametrize("images", ["qemu-arm64-sd"], indirect=True)
 """The environment on the card, the slots on a virtio disk."""
-both = pytest.mark.parametrize("images", ["qemu-arm64-sd", "qemu-arm64-sd-all"], indirect=True)
+both = pytest.mark.parametrize(
+    "images",
+    ["qemu-arm64-sd", pytest.param("qemu-arm64-sd-all", marks=pytest.mark.night)],
+    indirect=True,
+)
 """And everything on the card."""
 
 
