@@ -62,6 +62,7 @@ _SHAPING = (
     "bootloaders.py",
     "builder.py",
     "cpio.py",
+    "deb.py",
     "elf.py",
     "ext4.py",
     "gpt.py",
@@ -261,6 +262,7 @@ class _Build:
                 *((f"overlay {name}", hash_tree(OVERLAY_DIR / name)) for name in overlays),
                 *((f"plant {number}", plant) for number, plant in enumerate(plants)),
                 *client,
+                ("package", hash_tree(HERE / "package")),
                 ("ca", self.keys.ca_certificate.read_bytes()),
                 ("artifact key", self.keys.artifact_public.read_bytes()),
             )

@@ -1,4 +1,4 @@
-"""The builder's command line: build, manifest, list, relock.
+"""The builder's command line: build, deb, manifest, list, relock.
 
 Exit codes: 0 done, 1 the build failed (one line says why), 2 wrong usage.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.status import Status
 
 from images.builder import Places, build_target, read_manifest, relock_architecture
+from images.deb import build_deb
 from images.errors import ImageError
 from images.locks import LOCK_DIR
 from images.progress import Progress
@@ -24,6 +25,7 @@ _EXAMPLES = """examples:
   python -m images build qemu-arm64 --variant v1 --variant v2
   python -m images build qemu-arm64 --variant v1+never-fsync
   python -m images manifest qemu-arm64
+  python -m images deb --output-dir build
   python -m images relock
 """
 
@@ -88,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         build.add_argument(
             f"--{name}-dir", type=Path, default=getattr(defaults, name), help=meaning
         )
+    deb = commands.add_parser("deb", help="build the client's Debian package")
+    deb.add_argument("--output-dir", type=Path, default=defaults.build, help="where it goes")
+    deb.add_argument("--updater-dir", type=Path, default=defaults.updater, help="the client")
     manifest = commands.add_parser("manifest", help="print what a build left behind, as JSON")
     manifest.add_argument("target")
     manifest.add_argument("--build-dir", type=Path, default=defaults.build)
@@ -140,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "build":
             _build(options)
+        elif options.command == "deb":
+            print(build_deb(options.output_dir.absolute(), updater=options.updater_dir.absolute()))
         elif options.command == "manifest":
             print(json.dumps(read_manifest(options.target, options.build_dir), indent=2))
         elif options.command == "list":

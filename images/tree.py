@@ -249,13 +249,12 @@ def build_variant(
     for name, data in extra.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
-    package = root / "usr/lib/python3/dist-packages/updater"
-    for relative, file in client_files(updater):
-        target = package / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        target.chmod(0o755 if "modules" in target.parts and not target.suffix else 0o644)
-    compile_python(package, "/usr/lib/python3/dist-packages/updater", "cached")
+    # At the call, because the package is made of this module's pieces.
+    from images.deb import install_client  # noqa: PLC0415
+
+    install_client(root, updater, recipe.timestamp)
+    package = "usr/lib/python3/dist-packages/updater"
+    compile_python(root / package, f"/{package}", "cached")
     if variant.plants:
         _plant(root, variant)
     settings = root / "etc/updater"

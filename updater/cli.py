@@ -24,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+    from typing import Any
 
     from updater.device.client import Client
     from updater.device.modules import ModuleRunner
@@ -63,6 +64,8 @@ def main(
             from updater.artifact import cli as artifact_cli  # noqa: PLC0415
 
             return artifact_cli.run(options)
+        if options.verb == "setup":
+            return _set_up(options)
         if options.verb == "support-bundle":
             # Before the configuration is looked at: it may be what is broken.
             from updater.device.support_bundle import write_bundle  # noqa: PLC0415
@@ -152,6 +155,45 @@ def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) 
 
     Daemon(config, api, observer, log, make_client).run(once=once)
     return EXIT_OK
+
+
+def _set_up(options: argparse.Namespace) -> int:
+    from updater.device.setup import Wish, set_up  # noqa: PLC0415
+
+    wish = Wish(
+        device_type=options.device_type,
+        slots=tuple(options.slot),
+        data_dir=options.data_dir,
+        fw_env_config=options.fw_env_config,
+        grub_copies=tuple(options.grub_env),
+        artifact_keys=tuple(options.artifact_key),
+        ca_file=options.ca_file,
+        server_url=options.server,
+        artifact_name=options.artifact_name,
+    )
+    changed = set_up(wish, options.config, force=options.force, dry_run=options.dry_run)
+    if not options.dry_run:
+        say(f"{options.config}: {'written' if changed else 'is as it should be'}")
+    return EXIT_OK
+
+
+def _add_setup(verbs: argparse._SubParsersAction[Any]) -> None:
+    setup = verbs.add_parser("setup", help="check this system and write its configuration")
+    setup.add_argument("--device-type", required=True, metavar="TYPE")
+    setup.add_argument("--slot", action="append", required=True, metavar="DEVICE", help="twice")
+    setup.add_argument("--data-dir", default="/data/updater", metavar="FOLDER")
+    setup.add_argument("--fw-env-config", default="", metavar="FILE", help="U-Boot's environment")
+    setup.add_argument(
+        "--grub-env", action="append", default=[], metavar="FILE", help="GRUB's, twice"
+    )
+    setup.add_argument("--artifact-key", action="append", default=[], metavar="PEM")
+    setup.add_argument("--ca-file", default="", metavar="PEM")
+    setup.add_argument("--server", default="", metavar="URL", help="to be managed by")
+    setup.add_argument("--artifact-name", default="unknown", metavar="NAME", help="what runs now")
+    setup.add_argument("--force", action="store_true", help="replace a different configuration")
+    setup.add_argument(
+        "--dry-run", action="store_true", help="check, and say what would be written"
+    )
 
 
 def open_client(config: Config) -> Client:
@@ -264,6 +306,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         verbs.add_parser(name, help=text)
     daemon = verbs.add_parser("daemon", help="let the server of [server] manage this device")
     daemon.add_argument("--once", action="store_true", help="one cycle, then end")
+    _add_setup(verbs)
     bundle = verbs.add_parser("support-bundle", help="collect what explains a failure in one file")
     bundle.add_argument("-o", "--output", metavar="FILE", help="default: here, named by the date")
     bundle.add_argument("--slot-hashes", action="store_true", help="hash both slots (slow)")
