@@ -40,7 +40,7 @@ _DIRECTORIES = (
 )
 _PROGRAMS = ("bin/busybox", "bin/dash", "usr/bin/python3.11")
 _SUFFIX = ".in"
-_CLIENT_PARTS = ("__init__.py", "cli.py", "artifact", "device")
+_CLIENT_PARTS = ("__init__.py", "cli.py", "artifact", "device", "modules")
 
 
 def unpack(debs: Mapping[str, Path], destination: Path, reporter: Reporter) -> None:
@@ -178,7 +178,8 @@ def client_files(updater: Path) -> list[tuple[str, Path]]:
     found = []
     for part in _CLIENT_PARTS:
         place = updater / part
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files = [file for file in files if file.suffix in (".py", "")]
         found += [(str(file.relative_to(updater)), file) for file in files if file.is_file()]
     return found
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from updater.device.client import Client
+    from updater.device.modules import ModuleRunner
+    from updater.device.scripts import ScriptRunner
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -95,6 +97,9 @@ def _on_device(
     options: argparse.Namespace | None = None,
 ) -> int:
     config = load_config(config_path)
+    if verb == "daemon":
+        assert options is not None
+        return _daemon(config, compose, once=options.once)
     if verb in ("show-artifact", "show-provides", "status"):
         return _show(verb, compose(config))
     from updater.device import lock  # noqa: PLC0415
@@ -117,6 +122,39 @@ def _on_device(
             raise
         say(f"error: {error}")
     return EXIT_REBOOT_NEEDED if client.reboot_needed else EXIT_OK
+
+
+def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) -> int:
+    """Run managed mode until a signal; the key is made before anything else."""
+    from updater.device.api import DeviceApi  # noqa: PLC0415
+    from updater.device.errors import ConfigError  # noqa: PLC0415
+    from updater.device.identity import DeviceKey, identity  # noqa: PLC0415
+    from updater.device.managed import Daemon, DeploymentLog, ServerObserver  # noqa: PLC0415
+
+    if not config.server.url:
+        raise ConfigError(f"{config.path}: there is no [server] with a url to be managed by")
+    key_file = config.server.key_file or f"{config.data_dir}/device-key.pem"
+    first = compose(config)
+    clock = first.ports.clock
+    import os  # noqa: PLC0415
+
+    os.makedirs(config.data_dir, mode=0o700, exist_ok=True)  # noqa: PTH103
+    api = DeviceApi(
+        config.server,
+        config.ca_file,
+        DeviceKey(key_file, config.server.key_type),
+        identity(config.server),
+    )
+    log = DeploymentLog(config.data_dir, clock)
+    observer = ServerObserver(config, api, log, clock)
+
+    def make_client() -> Client:
+        client = compose(config)
+        client.ports = client.ports._replace(observer=observer)
+        return client
+
+    Daemon(config, api, observer, log, make_client).run(once=once)
+    return EXIT_OK
 
 
 def _set_up(options: argparse.Namespace) -> int:
@@ -162,26 +200,60 @@ def open_client(config: Config) -> Client:
     """Put the device's own implementations together: the one place where they meet."""
     from updater.device.blockdev import LinuxMachine  # noqa: PLC0415
     from updater.device.bootenv import open_environment  # noqa: PLC0415
-    from updater.device.client import Client, Ports  # noqa: PLC0415
-    from updater.device.clock import SystemClock  # noqa: PLC0415
+    from updater.device.client import Client, LeaveToDaemon, NoObserver, Ports  # noqa: PLC0415
+    from updater.device.clock import SystemClock, floor_seconds, raise_to  # noqa: PLC0415
     from updater.device.health import HealthRunner  # noqa: PLC0415
+    from updater.device.later import later  # noqa: PLC0415
     from updater.device.reboot import ExitCodeReboot  # noqa: PLC0415
+    from updater.device.signals import limit  # noqa: PLC0415
     from updater.device.store import SqliteStore, database_path  # noqa: PLC0415
     from updater.device.transport import FileOrHttpsTransport  # noqa: PLC0415
 
+    def scripts() -> ScriptRunner:
+        from updater.device.scripts import ScriptRunner  # noqa: PLC0415
+
+        return ScriptRunner(config.scripts, config.data_dir, clock)
+
+    def modules() -> ModuleRunner:
+        from updater.device.modules import ModuleRunner  # noqa: PLC0415
+
+        return ModuleRunner(config.modules, config.data_dir, config.device_type)
+
     clock = SystemClock()
+    database = database_path(config.data_dir)
+    newest = [config.artifact_info, config.path, database]
     return Client(
         config,
         Ports(
             machine=LinuxMachine(),
             bootenv=open_environment(config.bootenv),
-            store=SqliteStore(database_path(config.data_dir)),
+            store=SqliteStore(database),
             clock=clock,
-            transport=FileOrHttpsTransport(config.ca_file, config.download, clock),
+            transport=FileOrHttpsTransport(
+                config.ca_file,
+                config.download,
+                clock,
+                spool_dir=config.data_dir,
+                before_tls=lambda: raise_to(floor_seconds(newest)),
+            ),
             reboot=ExitCodeReboot(),
             health=HealthRunner(config.health_directory, config.health_timeout_s),
+            scripts=later(scripts),
+            modules=later(modules),
+            observer=LeaveToDaemon() if _is_left_to_daemon(config) else NoObserver(),
+            limit=limit,
         ),
     )
+
+
+def _is_left_to_daemon(config: Config) -> bool:
+    """Whether a deployment may only be committed with the server's word, which init has not."""
+    if config.server.require_contact:
+        return True
+    import os  # noqa: PLC0415
+
+    # The path is that of `managed.control_path`, whose module is not for the boot.
+    return bool(config.server.url) and os.path.exists(f"{config.data_dir}/update-control")  # noqa: PTH110
 
 
 def _show(verb: str, client: Client) -> int:
@@ -232,6 +304,8 @@ def _parse(given: list[str]) -> argparse.Namespace:
         ("status", "print the state, the last outcome and its cause"),
     ):
         verbs.add_parser(name, help=text)
+    daemon = verbs.add_parser("daemon", help="let the server of [server] manage this device")
+    daemon.add_argument("--once", action="store_true", help="one cycle, then end")
     _add_setup(verbs)
     bundle = verbs.add_parser("support-bundle", help="collect what explains a failure in one file")
     bundle.add_argument("-o", "--output", metavar="FILE", help="default: here, named by the date")

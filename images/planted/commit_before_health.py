@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from updater.cli import main
 from updater.device.client import Client
+from updater.device.states import Event
 
 _honest_clean_up = Client.clean_up
 
 
-def _check_nothing(self: Client) -> bool:
-    return True
+def _check_nothing(self: Client) -> Event:
+    return Event.DONE
 
 
-def _clean_up_then_check(self: Client) -> bool:
+def _clean_up_then_check(self: Client) -> Event:
     done = _honest_clean_up(self)
     self.ports.health.run()
     return done

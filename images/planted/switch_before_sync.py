@@ -15,6 +15,7 @@ from updater.cli import main
 from updater.device import blockdev
 from updater.device.client import Client
 from updater.device.slot_writer import SlotWriter
+from updater.device.states import Event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _only_write(self: Client, payload: Payload) -> None:
     _unsynced.append((writer, payload))
 
 
-def _switch_then_sync(self: Client) -> bool:
+def _switch_then_sync(self: Client) -> Event:
     switched = _honest_activate(self)
     for writer, payload in _unsynced:
         _honest_sync(writer)

@@ -80,9 +80,11 @@ class Device:
     def slot(self, name: str) -> Slot:
         return next(slot for slot in self.config.slots if slot.name == name)
 
-    def start(self, *verb: str, kill_at: int = 0) -> subprocess.Popen[str]:
+    def start(
+        self, *verb: str, kill_at: int = 0, prefix: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(self.directory), str(kill_at), *verb],
+            [*prefix, sys.executable, str(PROGRAM), str(self.directory), str(kill_at), *verb],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -195,7 +197,7 @@ def test_an_unhealthy_system_is_left_with_its_cause(device: Device, update: str)
     device.sick()
     code, text = device("resume")
     assert code == 4
-    assert states(text) == ["ArtifactVerifyReboot", "ArtifactRollback"]
+    assert states(text) == ["ArtifactVerifyReboot", "ArtifactRollback", "ArtifactRollbackReboot"]
     cause = "health check 50-sick exited with 1: the sensor is dead"
     assert f"updater: error: {cause}\n" in text
     assert device.reboot() == "a"
@@ -277,6 +279,59 @@ def test_bad_updates_are_refused_in_one_line(
     assert (grub_device.directory / "b.img").read_bytes()[:65536] == bytes(65536)
     refused(grub_device, str(tmp_path / "absent"), "No such file")
     assert grub_device("install", update)[0] == 0, "and then a good one works"
+
+
+def test_an_environment_that_the_boot_loader_never_saved_is_refused(
+    device: Device, update: str
+) -> None:
+    """The canary contract, and the message that says what to do about an orphaned one."""
+    device.environment.write({"mender_check_saveenv_canary": "1"})
+    refused(device, update, "the boot loader has not saved mender_saveenv_canary=1")
+    assert (device.directory / "b.img").read_bytes() == bytes(SLOT_BYTES), "before the download"
+    device.environment.write({"mender_saveenv_canary": "1"})
+    assert device("install", update)[0] == 0
+    assert device.reboot() == "b"
+    # Whatever the canary says, a system on trial can still be kept or left.
+    device.environment.write({"mender_saveenv_canary": "0"})
+    assert "committed v2" in device("resume")[1]
+
+
+@pytest.mark.skipif(
+    not shutil.which("mke2fs"), reason="mke2fs is missing: apt-get install e2fsprogs"
+)
+def test_an_ext4_image_can_be_grown_to_its_slot(
+    tmp_path: Path, grub_device: Device, signing_key: PrivateKey
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "greeting").write_text("hello")
+    image = tmp_path / "small.img"
+    command = ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(image), "1024k"]
+    subprocess.run(command, check=True)
+    made = artifact(tmp_path, image.read_bytes(), key=signing_key)
+    config = grub_device.directory / "updater.toml"
+    config.write_text("grow_ext4 = true\n" + config.read_text())
+    code, text = grub_device("install", str(made))
+    assert code == 0, text
+    slot = grub_device.directory / "b.img"
+    assert f"file system grown from {1 << 20} to {SLOT_BYTES} bytes" in text
+    subprocess.run(["e2fsck", "-f", "-n", str(slot)], check=True, capture_output=True)
+    said = subprocess.run(
+        ["debugfs", "-R", "cat greeting", str(slot)], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "hello"
+    assert grub_device.reboot() == "b"
+    assert "committed v2" in grub_device("resume")[1]
+
+
+def test_an_image_that_is_no_ext4_is_not_touched_by_growing(
+    grub_device: Device, update: str
+) -> None:
+    config = grub_device.directory / "updater.toml"
+    config.write_text("grow_ext4 = true\n" + config.read_text())
+    code, text = grub_device("install", update)
+    assert (code, "holds no ext4 file system; it is not grown" in text) == (0, True)
+    assert grub_device.image("b") == "v2"
 
 
 def test_settings_and_files_that_are_wrong(grub_device: Device, update: str) -> None:

@@ -17,7 +17,8 @@ from updater.device.blockdev import DirectDevice, LinuxMachine
 from updater.device.config import Slot, load_config
 from updater.device.errors import ConfigError, HealthError, SlotError, StoreError
 from updater.device.health import HealthRunner
-from updater.device.model import Outcome, Result, State, Update
+from updater.device.model import Outcome, Part, Result, State, Update
+from updater.device.overlapped import Overlapped
 from updater.device.slot_writer import CHUNK_BYTES, HEAD_BYTES, SlotWriter
 from updater.device.store import SqliteStore
 
@@ -54,6 +55,15 @@ fw_env_config = "/etc/fw_env.config"
         ("[slots]", "[slots", "not valid TOML"),
         ("[slots]", "tls = 3\n[slots]", "tls must be a table"),
         ("[bootenv]", "[health]\ntimeout_s = 0\n[bootenv]", "health.timeout_s must be from 0.1"),
+        ("[bootenv]", '[server]\nurl = "http://x"\n[bootenv]', "server.url must begin with https"),
+        ("[bootenv]", "[server]\npoll_s = 9\n[bootenv]", "server.url is missing"),
+        (
+            "[bootenv]",
+            '[server]\nurl = "https://x"\nwindows = ["late"]\n[bootenv]',
+            "server.windows: 'late' is not like",
+        ),
+        ("[bootenv]", "[scripts]\ntimeout = 3\n[bootenv]", "unknown key 'scripts.timeout'"),
+        ("device_type", "grow_ext4 = 1\ndevice_type", "grow_ext4 must be true or false"),
         ("[bootenv]", "[trust]\nartifact_keys = 'k'\n[bootenv]", "must be a list of strings"),
     ],
 )
@@ -68,6 +78,18 @@ def test_configuration_errors_name_file_and_key(
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_slots_can_be_named_as_in_fstab(tmp_path: Path) -> None:
+    path = tmp_path / "updater.toml"
+    text = GOOD.replace("/dev/vda2", "PARTUUID=0a1b-02").replace("/dev/vda3", "PARTLABEL=rootfs-b")
+    path.write_text(text)
+    first, second = load_config(str(path)).slots
+    assert first.device == "/dev/disk/by-partuuid/0a1b-02"
+    assert second.device == "/dev/disk/by-partlabel/rootfs-b"
+    path.write_text(GOOD.replace("/dev/vda2", "LABEL=../../sda"))
+    with pytest.raises(ConfigError, match=r"slots\.a\.device must be an absolute path"):
+        load_config(str(path))
 
 
 def test_configuration_defaults(tmp_path: Path) -> None:
@@ -163,7 +185,25 @@ def test_the_child_gets_signals_although_the_caller_holds_them_back() -> None:
 
 # The store
 
-UPDATE = Update("v2", "v1", "a", "b", State.VERIFY, "boot", "why", {"k": "v"}, ("x.*",))
+UPDATE = Update(
+    artifact_name="v2",
+    previous_name="v1",
+    source="a",
+    target="b",
+    state=State.VERIFY,
+    boot_id="boot",
+    cause="why",
+    provides={"k": "v"},
+    clears=("x.*",),
+    kind="single-file",
+    part=Part.LEAVE,
+    steps=7,
+    result=Result.COMMITTED,
+    inconsistent=True,
+    reboot="Yes",
+    reverts=False,
+    deployment="d-1",
+)
 
 
 def test_the_store_keeps_everything(tmp_path: Path) -> None:
@@ -180,7 +220,9 @@ def test_the_store_keeps_everything(tmp_path: Path) -> None:
     outcome = Outcome(Result.COMMITTED, "v2", "b", "", 1_700_000_000)
     store.finish(outcome, {"artifact_name": "v2"})
     assert store.update() is None
-    assert (store.provides(), store.last_outcome()) == ({"artifact_name": "v2"}, outcome)
+    assert store.provides() == {"artifact_name": "v2"}
+    assert store.last_outcome() == outcome._replace(number=1)
+    assert store.unreported() == []
     for number in range(105):
         store.finish(outcome._replace(finished_at=number), None)
     with sqlite3.connect(path) as connection:
@@ -196,6 +238,92 @@ def test_a_store_from_the_future_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="newer client"):
         SqliteStore(str(path)).update()
     assert path.read_bytes() == before
+
+
+# The tables as the first released client made them; never to be changed.
+SCHEMA_1 = """
+CREATE TABLE update_in_progress (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    artifact_name TEXT NOT NULL, previous_name TEXT NOT NULL,
+    source TEXT NOT NULL, target TEXT NOT NULL,
+    state TEXT NOT NULL, boot_id TEXT NOT NULL, cause TEXT NOT NULL,
+    provides TEXT NOT NULL, clears TEXT NOT NULL
+) STRICT;
+CREATE TABLE provides (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE outcome (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    result TEXT NOT NULL, artifact_name TEXT NOT NULL, slot TEXT NOT NULL,
+    cause TEXT NOT NULL, finished_at INTEGER NOT NULL
+) STRICT;
+PRAGMA user_version=1;
+INSERT INTO provides VALUES ('artifact_name', 'v1');
+INSERT INTO outcome VALUES (3, 'failed', 'v0', 'a', 'because', 1600000000);
+"""
+IN_PROGRESS_1 = (
+    "INSERT INTO update_in_progress VALUES"
+    " (1, 'v2', 'v1', 'a', 'b', 'ArtifactReboot', 'boot', '', '{}', 'null');"
+)
+
+
+def schema_1(path: Path, extra: str = "") -> None:
+    with sqlite3.connect(path) as connection:
+        connection.executescript(SCHEMA_1 + extra)
+    connection.close()
+
+
+def user_version(path: Path) -> int:
+    with sqlite3.connect(path) as connection:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    connection.close()
+    return version
+
+
+def test_a_store_of_the_first_client_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    schema_1(path)
+    store = SqliteStore(str(path))
+    assert store.provides() == {"artifact_name": "v1"}
+    assert store.last_outcome() == Outcome(
+        Result.FAILED, "v0", "a", "because", 1_600_000_000, "", 3
+    )
+    assert user_version(path) == 2
+    store.save(UPDATE)
+    assert store.update() == UPDATE
+    store.close()
+
+
+def test_a_store_with_an_update_in_progress_stays_readable_for_the_client_that_began_it(
+    tmp_path: Path,
+) -> None:
+    """The new system is on trial: if it is left, the old client must find its record."""
+    path = tmp_path / "state.db"
+    schema_1(path, IN_PROGRESS_1)
+    store = SqliteStore(str(path))
+    update = store.update()
+    assert update == Update("v2", "v1", "a", "b", State.REBOOT, "boot")
+    store.save(update._replace(state=State.VERIFY, steps=9))
+    store.close()
+    assert user_version(path) == 1
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT state FROM update_in_progress").fetchone() == (
+            "ArtifactVerifyReboot",
+        )
+    store = SqliteStore(str(path))
+    store.finish(Outcome(Result.COMMITTED, "v2", "b", "", 1_700_000_000), {"artifact_name": "v2"})
+    assert user_version(path) == 2
+    assert store.last_outcome() is not None
+    store.close()
+
+
+def test_outcomes_of_deployments_wait_until_they_are_reported(tmp_path: Path) -> None:
+    store = SqliteStore(str(tmp_path / "state.db"))
+    for deployment in ("", "d-1", "d-2"):
+        store.finish(Outcome(Result.COMMITTED, "v2", "b", "", 1, deployment), None)
+    waiting = store.unreported()
+    assert [outcome.deployment for outcome in waiting] == ["d-1", "d-2"]
+    store.mark_reported(waiting[0])
+    assert [outcome.deployment for outcome in store.unreported()] == ["d-2"]
+    store.close()
 
 
 def test_a_corrupt_store_is_set_aside(tmp_path: Path) -> None:
@@ -326,6 +454,58 @@ def test_every_failing_write_and_sync_is_fatal(tmp_path: Path) -> None:
             )
 
 
+def test_overlapped_writes_keep_content_and_order(tmp_path: Path) -> None:
+    content = image_bytes(3 * CHUNK_BYTES + 5000, 8)
+    inner = LoggedDevice(slot_file(tmp_path))
+    device = Overlapped(inner, CHUNK_BYTES)
+    writer, payload = SlotWriter(device, SLOT), Payload(content)
+    writer.write(payload)
+    writer.sync()
+    writer.read_back(payload)
+    device.close()
+    device.close()
+    assert (tmp_path / "slot.img").read_bytes()[: len(content)] == content
+    assert [what for what, _, _ in inner.log] == [
+        "write",
+        "sync",
+        *["write"] * 4,
+        "sync",
+        "write",
+        "sync",
+    ]
+
+
+def test_an_error_of_an_overlapped_write_is_never_lost(tmp_path: Path) -> None:
+    """At whichever effect it strikes, and at the very last too: then `sync` or `close` raises."""
+    for fail_at in range(1, 8):
+        device = Overlapped(LoggedDevice(slot_file(tmp_path), fail_at), CHUNK_BYTES)
+        writer = SlotWriter(device, SLOT)
+        with pytest.raises(SlotError, match="Input/output error"):
+            writer.write(Payload(image_bytes(CHUNK_BYTES + 8192, 1)))
+            writer.sync()
+        device.close()
+    device = Overlapped(LoggedDevice(slot_file(tmp_path), 1), CHUNK_BYTES)
+    device.write(0, memoryview(bytes(4096)))
+    with pytest.raises(SlotError, match="Input/output error"):
+        device.close()
+
+
+def test_an_overlapped_read_back_finds_a_difference(tmp_path: Path) -> None:
+    content = image_bytes(CHUNK_BYTES * 3, 3)
+    path = slot_file(tmp_path)
+    for position in (CHUNK_BYTES - 1, CHUNK_BYTES + 1, CHUNK_BYTES * 3 - 1):
+        device = Overlapped(DirectDevice(str(path)), CHUNK_BYTES)
+        writer, payload = SlotWriter(device, SLOT), Payload(content)
+        writer.write(payload)
+        writer.sync()
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(bytes([content[position] ^ 4]))
+        with pytest.raises(SlotError, match="does not hold what was written"):
+            writer.read_back(payload)
+        device.close()
+
+
 def test_too_small_a_slot_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     device = LoggedDevice(slot_file(tmp_path, 1 << 20))
     with pytest.raises(SlotError, match="has 1048576 bytes, the image needs 1048577"):
@@ -342,8 +522,8 @@ def test_a_difference_on_the_medium_is_found_and_the_slot_made_unloadable(tmp_pa
     writer.write(payload)
     writer.sync()
     with path.open("r+b") as file:
-        file.seek(1_500_000)
-        file.write(bytes([content[1_500_000] ^ 4]))
+        file.seek(1_000_000)
+        file.write(bytes([content[1_000_000] ^ 4]))
     with pytest.raises(SlotError, match="does not hold what was written"):
         writer.read_back(payload)
     device.close()

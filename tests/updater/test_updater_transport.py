@@ -123,7 +123,7 @@ def test_passing_server_errors_are_tried_again_with_growing_pauses(
     assert fetch(behave) == CONTENT
     assert len(fetch.clock.waits) == 3
     for number, pause in enumerate(fetch.clock.waits):
-        assert 0.5 * 2**number <= pause <= 2**number
+        assert 0.1 * 2**number <= pause <= 2**number
 
 
 def test_retries_are_bounded(authority: Authority) -> None:

@@ -18,6 +18,8 @@ from updater import cli
 from updater.device.blockdev import DirectDevice
 from updater.device.client import Client
 from updater.device.config import Config, Slot
+from updater.device.overlapped import Overlapped
+from updater.device.slot_writer import CHUNK_BYTES
 
 
 class FileMachine:
@@ -35,6 +37,9 @@ class FileMachine:
 
     def open_slot(self, slot: Slot) -> DirectDevice:
         return DirectDevice(slot.device)
+
+    def overlapped(self, device: DirectDevice) -> Overlapped:
+        return Overlapped(device, CHUNK_BYTES)
 
     def boot_id(self) -> str:
         return (self._directory / "boot").read_text()
@@ -71,13 +76,13 @@ def main(arguments: list[str]) -> int:
         machine = FileMachine(directory)
         honest_open = machine.open_slot
 
-        def open_slot(slot: Slot) -> DirectDevice:
+        def open_slot(slot: Slot) -> Overlapped:
             device = honest_open(slot)
             for name in ("write", "sync"):
                 killer.around(device, name)
-            return device
+            return machine.overlapped(device)
 
-        machine.open_slot = open_slot  # type: ignore[method-assign]
+        machine.open_slot = open_slot  # type: ignore[method-assign,assignment]
         for owner, name in (
             (client.ports.store, "save"),
             (client.ports.store, "finish"),

@@ -8,24 +8,36 @@ the drive's volatile cache (writes since the last sync) is lost, kept, or half k
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from updater_artifacts import DEVICE_TYPE, image_bytes
 
-from updater.artifact import write_artifact
-from updater.device.client import Client, Ports
-from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
+import updater
+from updater.artifact import ArtifactReader, PayloadFile, write_artifact
+from updater.device.client import Client, Ports, no_limit
+from updater.device.config import (
+    BootEnvConfig,
+    Config,
+    DownloadConfig,
+    ModulesConfig,
+    ScriptsConfig,
+    Slot,
+)
 from updater.device.errors import BootEnvError, SlotError, TransportError
 from updater.device.health import HealthRunner
-from updater.device.model import Outcome, Update
+from updater.device.model import Outcome, State, Update
+from updater.device.modules import ModuleRunner
+from updater.device.scripts import ScriptRunner
 from updater.device.slot_writer import CHUNK_BYTES
 from updater.device.store import SqliteStore, database_path
 
 SLOTS = (Slot("a", "/dev/a", 2), Slot("b", "/dev/b", 3))
 SLOT_BYTES = 4 << 20
+SHIPPED_MODULES = Path(updater.__file__).parent / "modules" / "v3"
 IMAGE_BYTES = (2 << 20) + 300_000
 CACHE_MODELS = ("lost", "kept", "half")
 
@@ -40,6 +52,7 @@ class Power:
     def __init__(self) -> None:
         self.events = 0
         self.cut_at = 0
+        self.trip_on = ""
         self.off = False
         self.trace: list[str] = []
 
@@ -50,7 +63,7 @@ class Power:
             raise PowerCutError
         self.events += 1
         self.trace.append(name)
-        cut = self.events == self.cut_at
+        cut = self.events == self.cut_at or name == self.trip_on
         if cut:
             self.off = True
         yield not cut
@@ -153,6 +166,17 @@ class Store:
     def last_outcome(self) -> Outcome | None:
         return self._real.last_outcome()
 
+    def unreported(self) -> list[Outcome]:
+        return self._real.unreported()
+
+    def attempts(self, deployment: str) -> int:
+        return self._real.attempts(deployment)
+
+    def mark_reported(self, outcome: Outcome) -> None:
+        with self._power.event("store reported") as whole:
+            if whole:
+                self._real.mark_reported(outcome)
+
     def save(self, update: Update) -> None:
         with self._power.event(f"store {update.state}") as whole:
             if whole or self._random.random() < 0.5:
@@ -178,11 +202,53 @@ class FakeClock:
         return self.now
 
     def utc_seconds(self) -> int:
-        return 1_700_000_000
+        return 1_700_000_000 + int(self.now - 1000.0)
 
     def wait(self, seconds: float) -> None:
         self.waits.append(seconds)
         self.now += seconds
+
+
+class PoweredScripts(ScriptRunner):
+    """The real runner and real scripts; a cut strikes before or after a script's work."""
+
+    power: Power
+    random: random.Random
+
+    def take(self, scripts: Mapping[str, bytes]) -> None:
+        if not scripts:
+            super().take(scripts)
+            return
+        with self.power.event("take scripts") as whole:
+            half = dict(list(scripts.items())[: len(scripts) // 2])
+            super().take(scripts if whole else half)
+
+    def _run_one(self, path: str, name: str) -> None:
+        with self.power.event(f"script {name}") as whole:
+            if whole or self.random.random() < 0.5:
+                super()._run_one(path, name)
+
+
+class PoweredModules(ModuleRunner):
+    """The real runner and real modules; a cut strikes before or after a call's work."""
+
+    power: Power
+    random: random.Random
+
+    def prepare(self, reader: ArtifactReader, provides: Mapping[str, str]) -> None:
+        with self.power.event("module tree") as whole:
+            if whole or self.random.random() < 0.5:
+                super().prepare(reader, provides)
+
+    def download(self, payload: Iterator[PayloadFile]) -> None:
+        with self.power.event("module Download") as whole:
+            if whole or self.random.random() < 0.5:
+                super().download(payload)
+
+    def call(self, state: State) -> None:
+        with self.power.event(f"module {state}") as whole:
+            if whole or self.random.random() < 0.5:
+                super().call(state)
 
 
 class World:
@@ -193,6 +259,7 @@ class World:
         self.v2 = image_bytes(IMAGE_BYTES, 2)
         self.artifact = artifact
         self.healthy = True
+        self.always_sick = False
         self.power = Power()
         self.random = random.Random(seed)
         self.model = model
@@ -220,9 +287,16 @@ class World:
             health_directory=None,
             health_timeout_s=1.0,
             download=DownloadConfig(),
+            scripts=ScriptsConfig(str(directory / "rootfs-scripts")),
+            modules=ModulesConfig((str(artifact.parent / "modules"), str(SHIPPED_MODULES))),
         )
+        self.clock = FakeClock()
+        self.limit: Callable[[str, float], AbstractContextManager[None]] = no_limit
 
     # The ports.
+
+    identity = ""
+    refresh: Callable[[], str] | None = None
 
     def running_slot(self, slots: tuple[Slot, Slot]) -> Slot:
         return next(slot for slot in slots if slot.name == self.running)
@@ -246,6 +320,11 @@ class World:
             self._file = file
             yield self
 
+    def log(self) -> list[str]:
+        """Return what scripts and modules have written to $WORLD/log."""
+        path = self.directory / "log"
+        return path.read_text().split() if path.exists() else []
+
     def readinto(self, buffer: memoryview, /) -> int:
         if self.power.off:
             raise PowerCutError
@@ -253,7 +332,7 @@ class World:
 
     def run(self) -> None:
         with self.power.event("health"):
-            sick = self.running_image() == "v2" and not self.healthy
+            sick = self.always_sick or (self.running_image() == "v2" and not self.healthy)
             HealthRunner(str(self.artifact.parent / ("sick.d" if sick else "well.d")), 5.0).run()
 
     def request(self) -> None:
@@ -263,16 +342,25 @@ class World:
 
     def client(self) -> Client:
         self.store = Store(self.power, database_path(str(self.directory)), self.seed)
+        data_dir = str(self.directory)
+        scripts = PoweredScripts(self.config.scripts, data_dir, self.clock)
+        modules = PoweredModules(self.config.modules, data_dir, DEVICE_TYPE)
+        for powered in (scripts, modules):
+            powered.power, powered.random = self.power, self.random  # type: ignore[attr-defined]
+        os.environ["WORLD"] = data_dir
         return Client(
             self.config,
             Ports(
                 machine=self,
                 bootenv=self.environment,
                 store=self.store,
-                clock=FakeClock(),
+                clock=self.clock,
                 transport=self,
                 reboot=self,
                 health=self,
+                scripts=scripts,
+                modules=modules,
+                limit=self.limit,
             ),
         )
 

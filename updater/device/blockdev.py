@@ -17,6 +17,10 @@ import struct
 from updater.device.config import Slot
 from updater.device.errors import SlotError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from updater.device.ports import BlockDevice
+
 _BLKSSZGET = 0x1268
 _BLKFLSBUF = 0x1261
 _FILE_BLOCK_BYTES = 4096
@@ -47,10 +51,13 @@ class LinuxMachine:
                     return f"mounted at {fields[4]}"
         return None
 
-    def open_slot(self, slot: Slot) -> DirectDevice:
-        """Open the slot's device for exclusive reading and writing."""
+    def open_slot(self, slot: Slot) -> BlockDevice:
+        """Open the slot's device for exclusive reading and writing, overlapped with the rest."""
+        from updater.device.overlapped import Overlapped  # noqa: PLC0415
+        from updater.device.slot_writer import CHUNK_BYTES  # noqa: PLC0415
+
         _device_number(slot)
-        return DirectDevice(slot.device)
+        return Overlapped(DirectDevice(slot.device), CHUNK_BYTES)
 
     def boot_id(self) -> str:
         """Return the kernel's identifier of this boot."""

@@ -39,8 +39,29 @@ def read_boot(environment: BootEnvironment, slots: tuple[Slot, Slot]) -> Boot:
     return Boot(slot, values.get("upgrade_available") == "1")
 
 
+def check_canary(environment: BootEnvironment) -> None:
+    """Refuse an environment that the boot loader did not write to, where that is to be checked.
+
+    The contract of Mender's U-Boot integration: the image is built with
+    `mender_check_saveenv_canary=1`, and at its first start the boot loader saves
+    `mender_saveenv_canary=1`. Where it did not, boot loader and client do not share an
+    environment, and a switch would have no effect, or no way back.
+    """
+    values = environment.read()
+    if values.get("mender_check_saveenv_canary") != "1":
+        return
+    if values.get("mender_saveenv_canary") != "1":
+        raise BootEnvError(
+            "the boot environment holds mender_check_saveenv_canary=1 but the boot loader has not"
+            " saved mender_saveenv_canary=1: it uses another environment or cannot save this one;"
+            " nothing was changed (if that check is a leftover of an older boot loader:"
+            " fw_setenv mender_check_saveenv_canary)"
+        )
+
+
 def start_trial(environment: BootEnvironment, slot: Slot) -> None:
     """Let the next boot try `slot`, once."""
+    check_canary(environment)
     _transact(environment, slot, trial=True)
 
 

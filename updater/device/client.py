@@ -1,18 +1,16 @@
 """The client: install, prove, commit, roll back, and find one's feet after any power cut.
 
-    Idle → Download → ArtifactInstall → ArtifactReboot ⇢ (restart)
-         ⇢ ArtifactVerifyReboot → ArtifactCommit → Cleanup → Idle
-    errors: Download → Cleanup; ArtifactInstall, ArtifactVerifyReboot, ArtifactCommit
-            → ArtifactRollback (⇢ restart when the new system runs) → ArtifactFailure → Cleanup
-
-`TABLE` is that diagram as data and drives the client. A state is persisted before its action
-runs, so that a boot always finds how far the last one came; `model.decide` says what to do then.
-Everything that touches the outside comes in through `Ports`. Nothing here is imported before it
-is needed: at a boot with nothing to do, no cryptography, TLS or decompression is loaded.
+`states.TABLE` is the state machine as data, and drives the client; `STATES.md` shows it. A state
+is persisted before anything in it runs, so that a boot always finds how far the last one came;
+`model.decide` says what to do then. A root file system image goes into the passive slot; any
+other payload goes to an update module (`modules.py`). Everything that touches the outside comes
+in through `Ports`. Nothing here is imported before it is needed: at a boot with nothing to do, no
+cryptography, TLS or decompression is loaded.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from updater.device import bootenv
@@ -20,15 +18,19 @@ from updater.device.config import Config, Slot
 from updater.device.console import say
 from updater.device.errors import (
     BootEnvError,
+    LoopError,
     NothingInProgressError,
     SlotError,
     StoreError,
+    TransportError,
     UpdaterError,
 )
 from updater.device.model import (
+    MAX_STEPS,
     Boot,
     Decision,
     Outcome,
+    Part,
     Result,
     State,
     Update,
@@ -37,19 +39,76 @@ from updater.device.model import (
     provides_after,
 )
 from updater.device.signals import deferred
+from updater.device.states import TABLE, Event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from updater.artifact import ArtifactReader
     from updater.device.ports import (
         BootEnvironment,
         Clock,
         Health,
         Machine,
+        Modules,
+        Observer,
         Reboot,
+        Scripts,
         StateStore,
         Transport,
     )
     from updater.device.slot_writer import Payload
+
+
+class NoObserver:
+    """Nobody watches: an installation by hand."""
+
+    manages = False
+
+    def proves(self, update: Update) -> bool:
+        """Say yes."""
+        return True
+
+    def entering(self, update: Update, state: State) -> None:
+        """Return at once."""
+
+    def proving(self, update: Update) -> None:
+        """Return at once."""
+
+    def finished(self, update: Update, outcome: Outcome) -> None:
+        """Return at once."""
+
+
+class LeaveToDaemon(NoObserver):
+    """At boot, where a deployment may only be committed after contact with the server."""
+
+    def proves(self, update: Update) -> bool:
+        """Leave deployments to the daemon, which runs later and knows the server."""
+        return not update.deployment
+
+
+class NoScripts:
+    """No state scripts at all."""
+
+    def take(self, scripts: object) -> None:
+        """Refuse: whoever passes scripts means them to run."""
+        if scripts:
+            raise UpdaterError("the artifact has state scripts, which cannot be run here")
+
+    def has(self, state: str, action: str) -> bool:
+        """Say no."""
+        return False
+
+    def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
+        """Return at once."""
+        return ""
+
+    def drop(self) -> None:
+        """Return at once."""
+
+
+def no_limit(what: str, seconds: float) -> AbstractContextManager[None]:
+    """Set no limit: time that nobody measures does not run out."""
+    return nullcontext()
 
 
 class Ports(NamedTuple):
@@ -62,29 +121,31 @@ class Ports(NamedTuple):
     transport: Transport
     reboot: Reboot
     health: Health
+    scripts: Scripts = NoScripts()
+    modules: Modules | None = None
+    observer: Observer = NoObserver()
+    limit: Limit = no_limit
 
 
-class Step(NamedTuple):
-    """One row of the state machine; None ends the run there."""
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-    action: str
-    on_success: State | None
-    on_error: State | None
-
-
-TABLE: dict[State, Step] = {
-    State.DOWNLOAD: Step("download", State.INSTALL, State.CLEANUP),
-    State.INSTALL: Step("activate", State.REBOOT, State.ROLLBACK),
-    State.REBOOT: Step("await_reboot", None, State.ROLLBACK),
-    State.VERIFY: Step("verify", State.COMMIT, State.ROLLBACK),
-    State.COMMIT: Step("commit_environment", State.CLEANUP, State.ROLLBACK),
-    State.ROLLBACK: Step("roll_back", State.FAILURE, None),
-    State.FAILURE: Step("report_failure", State.CLEANUP, State.CLEANUP),
-    State.CLEANUP: Step("clean_up", State.IDLE, None),
-}
+    Limit = Callable[[str, float], AbstractContextManager[None]]
 
 # These go on even when the store does not take their name: leaving a bad system matters more.
-_UNSTOPPABLE = (State.ROLLBACK, State.FAILURE, State.CLEANUP)
+_UNSTOPPABLE = (
+    State.ROLLBACK,
+    State.ROLLBACK_REBOOT,
+    State.VERIFY_ROLLBACK,
+    State.FAILURE,
+    State.CLEANUP,
+)
+# How often a deployment's download is begun or resumed before the deployment has failed.
+MAX_ATTEMPTS = 20
+# The state store's journal, and the log; images and scripts have checks of their own.
+_MIN_FREE_BYTES = 1024 * 1024
+# By hand, the restart belongs to whoever installs; so do its scripts.
+_MANAGED_SCRIPTS = ("ArtifactReboot", "ArtifactRollbackReboot")
 
 
 class Client:
@@ -98,14 +159,17 @@ class Client:
         self._update: Update | None = None
         self._result = Result.FAILED
         self._errors: list[UpdaterError] = []
+        self._needs_reboot = "Automatic"
+        self._try_again = False
 
     # The operations: what the command line offers.
 
-    def install(self, location: str) -> None:
-        """Fetch `location` into the passive slot and arm it for the next boot."""
+    def install(self, location: str, deployment: str = "") -> None:
+        """Fetch `location` and install it; `deployment` is the server's id, if one asked."""
         self._settle_leftovers()
         running = self.ports.machine.running_slot(self.config.slots)
         target = self._other(running)
+        self._check_room()
         self._check_passive(running, target)
         self.location = location
         self._update = Update(
@@ -115,6 +179,7 @@ class Client:
             target=target.name,
             state=State.DOWNLOAD,
             boot_id="",
+            deployment=deployment,
         )
         self._run(State.DOWNLOAD)
 
@@ -129,7 +194,11 @@ class Client:
         if self._update is None:
             self._leave_unrecorded_trial()
             return
-        self._follow(self._decide())
+        decision = self._decide()
+        if decision is Decision.PROVE and not self.ports.observer.proves(self._update):
+            say(f"{self._update.artifact_name} is proved and committed by the daemon")
+            return
+        self._follow(decision)
 
     def commit(self) -> None:
         """Prove and commit the running system; NothingInProgressError when there is no trial."""
@@ -162,7 +231,7 @@ class Client:
         update = self.ports.store.update()
         if update is not None:
             running = self.ports.machine.running_slot(self.config.slots)
-            if running.name == update.target:
+            if update.is_image and running.name == update.target:
                 return update.artifact_name
         return self.provides().get("artifact_name", "unknown")
 
@@ -192,20 +261,16 @@ class Client:
 
     # The state machine.
 
-    def _run(self, first: State) -> None:
+    def _run(self, first: State, part: Part = Part.ENTER) -> None:
         """Follow TABLE from `first`; raise the first error when the end is reached."""
         state: State | None = first
         while state is not None and state is not State.IDLE:
-            step = TABLE[state]
-            try:
-                self._enter(state)
-                go_on = getattr(self, step.action)()
-            except UpdaterError as error:
-                self._errors.append(error)
-                self._note_cause(str(error))
-                state = step.on_error
-            else:
-                state = step.on_success if go_on else None
+            if self._current().steps > MAX_STEPS and state is not State.CLEANUP:
+                self._break_loop()
+                return
+            event = self._perform(state, part)
+            part = Part.ENTER
+            state = TABLE[state].after[event]
         if state is State.IDLE:
             say(f"state {State.IDLE}")
         if self._errors:
@@ -213,20 +278,85 @@ class Client:
             also = "; then: ".join(str(error) for error in self._errors[1:])
             raise UpdaterError(f"{first_error}; then: {also}" if also else str(first_error))
 
-    def _enter(self, state: State) -> None:
-        """Persist that `state` begins, then say so."""
-        update = self._current()
-        self._update = update._replace(state=state, boot_id=self.ports.machine.boot_id())
+    def _perform(self, state: State, part: Part) -> Event:
+        """Do one state, from `part` on, and say how it ended."""
+        step = TABLE[state]
         try:
-            self.ports.store.save(self._update)
-        except StoreError as error:
-            if state not in _UNSTOPPABLE:
-                raise
-            self._errors.append(error)
+            self._enter(state, Part.LEAVE if part is Part.LEAVE else Part.ENTER, step.enter)
+            # Outside the limit: how long a person or a maintenance window holds an update is
+            # bounded by the observer.
+            self.ports.observer.entering(self._current(), state)
+            with self.ports.limit(str(state), step.deadline_s):
+                event = Event.DONE
+                if part is Part.ENTER:
+                    self._run_scripts(step.enter, Part.ENTER)
+                    event = getattr(self, step.action)()
+                if event not in (Event.RESTART, Event.GONE):
+                    self._run_scripts(step.leave, Part.LEAVE)
+        except UpdaterError as error:
+            self._fail(error)
+            self._try_again = state is State.DOWNLOAD and isinstance(error, TransportError)
+            self._run_scripts(step.error, Part.ERROR)
+            if state is State.COMMIT and self._result is Result.COMMITTED:
+                # It is too late to go back: what failed is what came after the commit.
+                self._update = self._current()._replace(inconsistent=True)
+                return Event.DONE
+            return Event.FAILED
+        return event
+
+    def _fail(self, error: UpdaterError) -> None:
+        self._errors.append(error)
+        self._note_cause(str(error))
+
+    def _enter(self, state: State, part: Part, scripts: str) -> None:
+        """Persist that `state` begins, then say so and let the observer know."""
+        update = self._current()
+        self._update = update._replace(
+            state=state,
+            part=part if self._has_scripts(scripts, part) else Part.ACTION,
+            boot_id=self.ports.machine.boot_id(),
+            steps=update.steps + 1,
+            result=self._result if state is State.CLEANUP else update.result,
+            reboot=self._needs_reboot if state is State.REBOOT else update.reboot,
+        )
+        self._save(fatal=state not in _UNSTOPPABLE)
         say(f"state {state}")
 
-    def download(self) -> bool:
-        """Stream the artifact into the passive slot, durable and read back."""
+    def _save(self, *, fatal: bool) -> None:
+        try:
+            self.ports.store.save(self._current())
+        except StoreError as error:
+            if fatal:
+                raise
+            self._errors.append(error)
+
+    def _has_scripts(self, state: str, part: Part) -> bool:
+        if not state or (state in _MANAGED_SCRIPTS and not self._current().deployment):
+            return False
+        return self.ports.scripts.has(state, part)
+
+    def _run_scripts(self, state: str, part: Part) -> None:
+        """Run the scripts of `state`, if there are any; what is running is persisted first."""
+        if not self._has_scripts(state, part):
+            if self._current().part is not Part.ACTION:
+                self._update = self._current()._replace(part=Part.ACTION)
+            return
+        update = self._current()
+        ignores = part is Part.ERROR or TABLE[update.state].ignores
+        if update.part is not part:
+            self._update = update._replace(part=part)
+            self._save(fatal=not ignores)
+        failure = self.ports.scripts.run(state, part, ignore_errors=ignores)
+        if failure:
+            self._update = self._current()._replace(inconsistent=True)
+            self._fail(UpdaterError(failure))
+        self._update = self._current()._replace(part=Part.ACTION)
+        if part is Part.ENTER:
+            # A cut from here on did not strike in the scripts.
+            self._save(fatal=not ignores)
+
+    def download(self) -> Event:
+        """Stream the artifact to where it goes, durable and read back."""
         from updater.artifact import ArtifactError, ArtifactReader, check_compatible  # noqa: PLC0415
         from updater.artifact.signature import load_public_key  # noqa: PLC0415
 
@@ -235,20 +365,26 @@ class Client:
             with self.ports.transport.open(self.location) as stream:
                 reader = ArtifactReader(stream, keys)
                 check_compatible(reader, self.config.device_type, self.provides())
-                if reader.scripts:
-                    raise UpdaterError(
-                        f"{reader.artifact_name} has state scripts, which this client cannot run"
-                    )
+                self.ports.scripts.take(reader.scripts)
                 self._update = self._current()._replace(
                     artifact_name=reader.artifact_name,
                     provides=reader.provides,
                     clears=reader.type_info.clears,
+                    kind=reader.payload_type or "",
                 )
+                if not self._current().is_image:
+                    # "No" until ArtifactReboot is entered: then it holds what the module wants.
+                    self._update = self._current()._replace(
+                        target=self._current().source, reboot="No"
+                    )
                 self.ports.store.save(self._update)
-                self.fill_slot(reader.payload)
+                if self._current().is_image:
+                    self.fill_slot(reader.payload)
+                else:
+                    self._fill_module(reader)
         except ArtifactError as error:
             raise UpdaterError(str(error)) from error
-        return True
+        return Event.DONE
 
     def fill_slot(self, payload: Payload) -> None:
         """Write, sync, read back: only then may `activate` follow."""
@@ -268,65 +404,180 @@ class Client:
                 say(f"also: {error}")
             raise
         device.close()
+        if self.config.grow_ext4:
+            from updater.device.grow import grow_ext4  # noqa: PLC0415
 
-    def activate(self) -> bool:
+            grow_ext4(target.device)
+
+    def _fill_module(self, reader: ArtifactReader) -> None:
+        """Give the payload to its update module; without a payload there is nothing to do."""
+        if reader.payload_type is None:
+            for file in reader.files():
+                file.skip()
+        else:
+            self._modules().prepare(reader, self.provides())
+            self._modules().download(reader.files())
+        if not reader.complete:
+            raise UpdaterError(f"{reader.artifact_name}: the artifact was not read to its end")
+
+    def activate(self) -> Event:
         """Arm the new slot for one trial boot: one transaction, read back."""
-        with deferred():
-            bootenv.start_trial(self.ports.bootenv, self._slot(self._current().target))
-        return True
-
-    def await_reboot(self) -> bool:
-        """Say that everything is in place."""
         update = self._current()
-        say(f"installed {update.artifact_name} into slot {update.target}; reboot to start it")
-        return False
+        if update.is_image:
+            with deferred():
+                bootenv.start_trial(self.ports.bootenv, self._slot(update.target))
+            return Event.DONE
+        if not update.kind:
+            return Event.NO_REBOOT
+        modules = self._modules()
+        self._update = update._replace(reverts=modules.reverts())
+        self.ports.store.save(self._update)
+        modules.call(State.INSTALL)
+        needs = modules.needs_reboot()
+        self._needs_reboot = needs
+        return Event.NO_REBOOT if needs == "No" else Event.DONE
 
-    def verify(self) -> bool:
+    def await_reboot(self) -> Event:
+        """Restart, or say that everything is in place for whoever restarts."""
+        update = self._current()
+        if update.reboot == "Yes":
+            self._modules().call(State.REBOOT)
+            return Event.DONE
+        where = f" into slot {update.target}" if update.is_image else ""
+        say(f"installed {update.artifact_name}{where}; reboot to start it")
+        if update.deployment:
+            self._request_reboot()
+        return Event.RESTART
+
+    def verify(self) -> Event:
         """Let the new system prove itself."""
         self.ports.health.run()
-        return True
+        if not self._current().is_image:
+            self._call_module(State.VERIFY)
+        self.ports.observer.proving(self._current())
+        return Event.DONE
 
-    def commit_environment(self) -> bool:
+    def commit_environment(self) -> Event:
         """Make the proven system the one that is started, for good."""
-        with deferred():
-            bootenv.settle(self.ports.bootenv, self._slot(self._current().target))
-        self._result = Result.COMMITTED
-        return True
-
-    def roll_back(self) -> bool:
-        """Point the boot environment at the old system; ask for a restart if it does not run."""
         update = self._current()
+        if update.is_image:
+            with deferred():
+                bootenv.settle(self.ports.bootenv, self._slot(update.target))
+        else:
+            if update.reboot == "No":
+                self.ports.health.run()
+                self.ports.observer.proving(update)
+            self._call_module(State.COMMIT)
+        self._result = Result.COMMITTED
+        if not update.is_image or self._has_scripts("ArtifactCommit", Part.LEAVE):
+            # From here on a cut leads forward only.
+            self._update = self._current()._replace(result=Result.COMMITTED)
+            self._save(fatal=False)
+        return Event.DONE
+
+    def roll_back(self) -> Event:
+        """Point the boot environment at the old system, or let the module undo its work."""
+        update = self._current()
+        if not update.is_image:
+            return self._roll_back_module()
         with deferred():
             bootenv.settle(self.ports.bootenv, self._slot(update.source))
         if self.ports.machine.running_slot(self.config.slots).name != update.target:
-            return True
-        say(
-            f"rolling back to {update.previous_name} (slot {update.source}),"
-            f" reboot needed: {update.cause}"
-        )
+            return Event.NO_REBOOT
+        return Event.DONE
+
+    def _roll_back_module(self) -> Event:
+        update = self._current()
+        if not update.reverts:
+            say(f"update module {update.kind} cannot roll back")
+            self._update = update._replace(inconsistent=True)
+            return Event.GONE
+        try:
+            self._call_module(State.ROLLBACK)
+        except UpdaterError as error:
+            self._fail(error)
+            self._update = self._current()._replace(inconsistent=True)
+            return Event.GONE
+        return Event.NO_REBOOT if update.reboot == "No" else Event.DONE
+
+    def reboot_back(self) -> Event:
+        """Ask for the restart that leads back to the old system."""
+        update = self._current()
+        if update.reboot == "Yes" and not update.is_image:
+            self._modules().call(State.ROLLBACK_REBOOT)
+            return Event.DONE
+        to = f" (slot {update.source})" if update.is_image else ""
+        say(f"rolling back to {update.previous_name}{to}, reboot needed: {update.cause}")
         self._request_reboot()
-        return False
+        return Event.RESTART
 
-    def report_failure(self) -> bool:
-        """Keep the cause for the outcome; artifacts' failure scripts belong here."""
-        return True
+    def verify_rollback(self) -> Event:
+        """Check that the old system runs again."""
+        update = self._current()
+        if update.is_image:
+            return Event.DONE
+        try:
+            self._modules().call(State.VERIFY_ROLLBACK)
+        except UpdaterError as error:
+            say(f"the rollback is not done yet: {error}")
+            return Event.GONE
+        return Event.DONE
 
-    def clean_up(self) -> bool:
+    def report_failure(self) -> Event:
+        """Let the module do what it has to do after a failure; the scripts run around it."""
+        if not self._current().is_image:
+            self._call_module(State.FAILURE)
+        return Event.DONE
+
+    def clean_up(self) -> Event:
         """Record the outcome and forget the update, in one transaction."""
         update = self._current()
         committed = self._result is Result.COMMITTED
         slot = update.target if committed else update.source
-        cause = "" if committed else update.cause
-        provides = None
-        if committed:
-            provides = provides_after(self.provides(), update.provides, update.clears)
-        self.ports.store.finish(
-            Outcome(
-                self._result, update.artifact_name, slot, cause, self.ports.clock.utc_seconds()
-            ),
-            provides,
+        cause = update.cause if not committed or update.inconsistent else ""
+        outcome = Outcome(
+            self._result,
+            update.artifact_name,
+            slot,
+            cause,
+            self.ports.clock.utc_seconds(),
+            update.deployment,
+            again=self._is_tried_again(update),
         )
+        if self.ports.modules is not None and not update.is_image and update.kind:
+            try:
+                self.ports.modules.call(State.CLEANUP)
+            except UpdaterError as error:
+                say(f"also: {error}")
+        self.ports.store.finish(outcome, self._provides_now(update, committed=committed))
+        self._say_outcome(update, slot, cause)
+        self.ports.scripts.drop()
+        if self.ports.modules is not None:
+            self.ports.modules.drop()
+        self.ports.observer.finished(update, outcome)
+        return Event.DONE
+
+    def _is_tried_again(self, update: Update) -> bool:
+        """Whether the deployment is not over: its download was interrupted, and may go on."""
+        if not update.deployment or not self._try_again:
+            return False
+        attempts = self.ports.store.attempts(update.deployment) + 1
+        say(f"download attempt {attempts} of {MAX_ATTEMPTS} for deployment {update.deployment}")
+        return attempts < MAX_ATTEMPTS
+
+    def _provides_now(self, update: Update, *, committed: bool) -> dict[str, str] | None:
+        """Return what the device provides from now on; None when that did not change."""
+        if update.inconsistent:
+            broken = {"artifact_name": f"{update.artifact_name}_INCONSISTENT"}
+            if "artifact_group" in update.provides:
+                broken["artifact_group"] = update.provides["artifact_group"]
+            return {**self.provides(), **broken}
         if committed:
+            return provides_after(self.provides(), update.provides, update.clears)
+        return None
+
+    def _say_outcome(self, update: Update, slot: str, cause: str) -> None:
+        if self._result is Result.COMMITTED:
             say(f"committed {update.artifact_name} (slot {slot})")
         elif self._result is Result.ROLLED_BACK:
             say(f"rolled back to {update.previous_name} (slot {slot}): {cause}")
@@ -335,16 +586,21 @@ class Client:
                 f"{update.artifact_name} was not installed, {update.previous_name}"
                 f" (slot {slot}) stays: {cause}"
             )
-        return True
+        if update.inconsistent:
+            say(f"{update.artifact_name}_INCONSISTENT is recorded: errors had to be ignored")
 
     # Finding one's feet.
 
     def _decide(self) -> Decision:
         running = self.ports.machine.running_slot(self.config.slots).name
         update = self._current()
-        boot = self._boot()
+        boot = self._boot() if update.is_image else Boot(running, trial=False)
         decision = decide(update, running, boot, self.ports.machine.boot_id())
-        if decision is Decision.PROVE and boot != Boot(update.target, trial=True):
+        if (
+            decision is Decision.PROVE
+            and update.is_image
+            and boot != Boot(update.target, trial=True)
+        ):
             say(
                 f"slot {running} runs although the boot environment names"
                 f" {f'slot {boot.slot}' if boot.slot else 'no slot'}; it is settled after the"
@@ -355,18 +611,41 @@ class Client:
     def _follow(self, decision: Decision) -> None:
         update = self._current()
         if decision is Decision.AWAIT_REBOOT:
-            say(f"{update.artifact_name} waits in slot {update.target}; reboot to start it")
+            where = f" in slot {update.target}" if update.is_image else ""
+            say(f"{update.artifact_name} waits{where}; reboot to start it")
+            if update.deployment and self.ports.observer.manages:
+                # Once more from its beginning: what held it before the restart may hold it still.
+                self._run(State.REBOOT)
         elif decision is Decision.PROVE:
             self._run(State.VERIFY)
         elif decision is Decision.FINISH_COMMIT:
             self._result = Result.COMMITTED
+            scripts = update.state is State.COMMIT and self._has_scripts(
+                "ArtifactCommit", Part.LEAVE
+            )
+            self._run(*((State.COMMIT, Part.LEAVE) if scripts else (State.CLEANUP,)))
+        elif decision is Decision.CLEAN_UP:
+            self._result = update.result or Result.FAILED
             self._run(State.CLEANUP)
         elif decision is Decision.ROLL_BACK:
             self._note_cause(fallback_cause(update))
             self._run(State.ROLLBACK)
+        elif decision is Decision.REVERT:
+            self._note_cause(fallback_cause(update))
+            self._result = (
+                Result.INTERRUPTED if update.state is State.INSTALL else Result.ROLLED_BACK
+            )
+            self._run(State.ROLLBACK)
         elif decision is Decision.REBOOT_AGAIN:
-            say(f"reboot needed to return to slot {update.source}: {update.cause}")
+            if update.state is State.ROLLBACK and update.part:
+                self._run(State.ROLLBACK)
+                return
+            to = f" to return to slot {update.source}" if update.is_image else ""
+            say(f"reboot needed{to}: {update.cause}")
             self._request_reboot()
+        elif decision is Decision.VERIFY_ROLLBACK:
+            self._result = Result.ROLLED_BACK
+            self._run(State.VERIFY_ROLLBACK)
         elif decision is Decision.STRANDED:
             self._note_cause(fallback_cause(update))
             self._errors.append(
@@ -376,24 +655,60 @@ class Client:
                 )
             )
             self._run(State.FAILURE)
+        elif decision is Decision.BREAK_LOOP:
+            self._break_loop()
         else:
             self._close(decision)
+
+    def _break_loop(self) -> None:
+        """End an update that goes round and round, without scripts or modules, on a safe system."""
+        update = self._current()
+        error = LoopError(
+            f"{update.artifact_name} entered {update.steps} states without an end, the last was"
+            f" {update.where}; stopped" + (f" (first: {update.cause})" if update.cause else "")
+        )
+        self._errors.append(error)
+        self._update = update._replace(cause=str(error))
+        running = self.ports.machine.running_slot(self.config.slots).name
+        committed = update.result is Result.COMMITTED
+        self._update = self._current()._replace(inconsistent=not update.is_image)
+        if update.is_image and not committed:
+            with deferred():
+                bootenv.settle(self.ports.bootenv, self._slot(update.source))
+            if running == update.target and update.state not in (
+                State.ROLLBACK_REBOOT,
+                State.FAILURE,
+            ):
+                self._request_reboot()
+        self._result = Result.COMMITTED if committed else Result.FAILED
+        self._run(State.CLEANUP)
 
     def _close(self, decision: Decision) -> None:
         """Record an update that left us on the old system."""
         update = self._current()
         source = self._slot(update.source)
-        if self._boot() != Boot(source.name, trial=False):
+        if update.is_image and self._boot() != Boot(source.name, trial=False):
             with deferred():
                 bootenv.settle(self.ports.bootenv, source)
         if decision is Decision.CLOSE_INTERRUPTED:
             self._result = Result.INTERRUPTED
-            self._note_cause(f"interrupted in {update.state}")
-            self._run(State.CLEANUP)
-        else:
-            self._result = Result.ROLLED_BACK
-            self._note_cause(fallback_cause(update))
-            self._run(State.FAILURE)
+            self._note_cause(f"interrupted in {update.where}")
+            self._try_again = update.state is State.DOWNLOAD
+            # A download changed nothing; from ArtifactInstall on, scripts may have.
+            self._run(State.CLEANUP if update.state is State.DOWNLOAD else State.ROLLBACK)
+            return
+        self._result = Result.ROLLED_BACK
+        self._note_cause(fallback_cause(update))
+        if update.state is State.REBOOT:
+            self._run_scripts(TABLE[State.REBOOT].error, Part.ERROR)
+        self._run(
+            {
+                State.ROLLBACK_REBOOT: State.VERIFY_ROLLBACK,
+                State.VERIFY_ROLLBACK: State.VERIFY_ROLLBACK,
+                State.FAILURE: State.FAILURE,
+                State.CLEANUP: State.CLEANUP,
+            }.get(update.state, State.ROLLBACK)
+        )
 
     def _settle_leftovers(self) -> None:
         """Close an update that an earlier process left behind, or refuse a second one."""
@@ -401,6 +716,10 @@ class Client:
         if self._update is None:
             return
         decision = self._decide()
+        if decision in (Decision.CLEAN_UP, Decision.BREAK_LOOP):
+            self._follow(decision)
+            self._result = Result.FAILED
+            return
         if decision not in (Decision.CLOSE_INTERRUPTED, Decision.CLOSE_ROLLED_BACK):
             raise UpdaterError(
                 f"the update to {self._update.artifact_name} is not finished ({decision});"
@@ -428,12 +747,28 @@ class Client:
         )
         self._request_reboot()
 
+    def _check_room(self) -> None:
+        """Refuse when not even the record of an update would fit the data partition."""
+        from updater.device.files import free_bytes  # noqa: PLC0415
+
+        try:
+            free = free_bytes(self.config.data_dir)
+        except OSError as error:
+            raise StoreError(f"{self.config.data_dir}: {error.strerror}") from error
+        if free < _MIN_FREE_BYTES:
+            raise StoreError(
+                f"{self.config.data_dir}: {free} bytes are free, an update needs at least"
+                f" {_MIN_FREE_BYTES}; remove something"
+            )
+
     def _check_passive(self, running: Slot, target: Slot) -> None:
         """Refuse a target that is in use; make sure that the boot environment agrees."""
         user = self.ports.machine.user_of(target)
         if user is not None:
             raise SlotError(f"slot {target.name} ({target.device}) is {user}; unmount it first")
         boot = self._boot()
+        if boot.slot is not None:
+            bootenv.check_canary(self.ports.bootenv)
         if boot.trial:
             raise UpdaterError(
                 f"slot {boot.slot} is on trial without a record; run `updater resume` first"
@@ -458,6 +793,18 @@ class Client:
         if update is None:
             raise NothingInProgressError(f"nothing to {verb}: no update is in progress")
         return update
+
+    def _call_module(self, state: State) -> None:
+        if self._current().kind:
+            self._modules().call(state)
+
+    def _modules(self) -> Modules:
+        if self.ports.modules is None:
+            raise UpdaterError(
+                f"{self._current().artifact_name} needs update module"
+                f" {self._current().kind or '(none)'}, and there are none here"
+            )
+        return self.ports.modules
 
     def _current(self) -> Update:
         assert self._update is not None

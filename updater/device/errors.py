@@ -31,6 +31,31 @@ class HealthError(UpdaterError):
     """A health check failed; the message names it and says how."""
 
 
+class ScriptError(UpdaterError):
+    """A state script failed; the message names it, says how, and quotes its last line."""
+
+
+class ModuleError(UpdaterError):
+    """An update module is missing or failed; the message names it and the call."""
+
+
+class LoopError(UpdaterError):
+    """An update entered more states than any update can need."""
+
+
+class DeadlineError(UpdaterError):
+    """A state took longer than it may."""
+
+
+class ServerError(UpdaterError):
+    """The management server cannot be reached, or refuses; `retry_after_s` is its wish."""
+
+    def __init__(self, message: str, *, status: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
 class BusyError(UpdaterError):
     """Another updater process holds the lock; `verb` says what it does."""
 

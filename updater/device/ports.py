@@ -11,7 +11,13 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from updater.device.config import Slot
-from updater.device.model import Outcome, Update
+from updater.device.model import Outcome, State, Update
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from updater.artifact import ArtifactReader, PayloadFile
 
 
 class BlockDevice(Protocol):
@@ -103,6 +109,18 @@ class StateStore(Protocol):
         """Return how the last update ended."""
         ...
 
+    def unreported(self) -> list[Outcome]:
+        """Return the outcomes of deployments that the server does not know yet, oldest first."""
+        ...
+
+    def attempts(self, deployment: str) -> int:
+        """Return how often this deployment has ended before."""
+        ...
+
+    def mark_reported(self, outcome: Outcome) -> None:
+        """Note that the server knows this outcome."""
+        ...
+
 
 class Clock(Protocol):
     """Time (`clock.py`)."""
@@ -129,7 +147,14 @@ class Download(Protocol):
 
 
 class Transport(Protocol):
-    """Fetches artifacts (`transport.py`)."""
+    """Fetches artifacts (`transport.py`).
+
+    `identity` is what the next location stands for, if not for itself (a deployment); `refresh`
+    returns a new location for it when a link has expired.
+    """
+
+    identity: str
+    refresh: Callable[[], str] | None
 
     def open(self, location: str) -> AbstractContextManager[Download]:
         """Open a path or an https URL; TransportError when that is impossible."""
@@ -149,4 +174,83 @@ class Reboot(Protocol):
 
     def request(self) -> None:
         """Note that the device must restart now."""
+        ...
+
+
+class Scripts(Protocol):
+    """State scripts (`scripts.py`); state and action are spelt as in their names."""
+
+    def take(self, scripts: Mapping[str, bytes]) -> None:
+        """Replace the artifact's scripts by these, durably."""
+        ...
+
+    def has(self, state: str, action: str) -> bool:
+        """Say whether any script would run."""
+        ...
+
+    def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
+        """Run them in order; ScriptError at the first failure.
+
+        With `ignore_errors` all of them run, and the first failure is returned ("" for none).
+        """
+        ...
+
+    def drop(self) -> None:
+        """Forget the artifact's scripts."""
+        ...
+
+
+class Modules(Protocol):
+    """The update module of the artifact in progress (`modules.py`); errors are ModuleErrors."""
+
+    def prepare(self, reader: ArtifactReader, provides: Mapping[str, str]) -> None:
+        """Lay out the module's file tree, durably; refuse when there is no such module."""
+        ...
+
+    def download(self, files: Iterator[PayloadFile]) -> None:
+        """Stream the payload to the module, or store it durably where it will look."""
+        ...
+
+    def reverts(self) -> bool:
+        """Ask whether the module can roll back."""
+        ...
+
+    def needs_reboot(self) -> str:
+        """Ask for "No", "Yes" (the module restarts something) or "Automatic" (the device)."""
+        ...
+
+    def call(self, state: State) -> None:
+        """Let the module do `state`."""
+        ...
+
+    def drop(self) -> None:
+        """Remove the file tree."""
+        ...
+
+
+class Observer(Protocol):
+    """Who follows an update from outside, and may hold or stop it (`managed.py`).
+
+    `manages`: restarts are this process's business, not those of a person or of init.
+    """
+
+    @property
+    def manages(self) -> bool:
+        """Whether this process restarts the device."""
+        ...
+
+    def proves(self, update: Update) -> bool:
+        """Whether the new system may be proved here and now, at a start of the client."""
+        ...
+
+    def entering(self, update: Update, state: State) -> None:
+        """`state` was persisted and begins; an UpdaterError makes it fail."""
+        ...
+
+    def proving(self, update: Update) -> None:
+        """The new system is healthy; an UpdaterError keeps it from being committed."""
+        ...
+
+    def finished(self, update: Update, outcome: Outcome) -> None:
+        """The outcome is recorded; nothing may be raised."""
         ...

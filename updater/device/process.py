@@ -43,74 +43,104 @@ def run(arguments: list[str], *, timeout_s: float, stdin: bytes = b"") -> Comple
 
     `stdin` must fit a pipe (64 KiB). Raises OSError when the program cannot be started.
     """
-    assert len(stdin) <= 65536, "larger input could block"
-    in_read, in_write = os.pipe()
-    out_read, out_write = os.pipe()
-    err_read, err_write = os.pipe()
-    try:
-        pid = os.posix_spawnp(
-            arguments[0],
-            arguments,
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, in_read, 0),
-                (os.POSIX_SPAWN_DUP2, out_write, 1),
-                (os.POSIX_SPAWN_DUP2, err_write, 2),
-            ],
-            setpgroup=0,
-            setsigmask=[],
-            setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE],
-        )
-    except BaseException:
-        for handle in (in_read, in_write, out_read, out_write, err_read, err_write):
+    with Program(arguments, stdin) as program:
+        return program.wait(timeout_s)
+
+
+class Program:
+    """A running program; leaving the block ends it and everything that it started.
+
+    Raises OSError when the program cannot be started.
+    """
+
+    def __init__(self, arguments: list[str], stdin: bytes = b"") -> None:
+        assert len(stdin) <= 65536, "larger input could block"
+        in_read, in_write = os.pipe()
+        self._out, out_write = os.pipe()
+        self._err, err_write = os.pipe()
+        try:
+            self._pid = os.posix_spawnp(
+                arguments[0],
+                arguments,
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, in_read, 0),
+                    (os.POSIX_SPAWN_DUP2, out_write, 1),
+                    (os.POSIX_SPAWN_DUP2, err_write, 2),
+                ],
+                setpgroup=0,
+                setsigmask=[],
+                setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGPIPE],
+            )
+        except BaseException:
+            for handle in (in_read, in_write, self._out, out_write, self._err, err_write):
+                os.close(handle)
+            raise
+        for handle in (in_read, out_write, err_write):
             os.close(handle)
-        raise
-    for handle in (in_read, out_write, err_write):
-        os.close(handle)
-    try:
+        self._status: int | None = None
+        self._tails = {self._out: b"", self._err: b""}
+        self._handle = os.pidfd_open(self._pid)
+        self._poller = select.poll()
+        self._waiting = {self._out, self._err, self._handle}
+        for number in self._waiting:
+            self._poller.register(number, select.POLLIN)
         try:
             os.write(in_write, stdin)
         except BrokenPipeError:
             pass
         finally:
             os.close(in_write)
-        return _collect(pid, out_read, err_read, timeout_s)
-    finally:
-        os.close(out_read)
-        os.close(err_read)
 
+    def __enter__(self) -> Program:
+        return self
 
-def _collect(pid: int, out_read: int, err_read: int, timeout_s: float) -> Completed:
-    deadline = time.monotonic() + timeout_s
-    tails = {out_read: b"", err_read: b""}
-    reaped: int | None = None
-    handle = os.pidfd_open(pid)
-    poller = select.poll()
-    for number in (out_read, err_read, handle):
-        poller.register(number, select.POLLIN)
-    waiting = {out_read, err_read, handle}
-    try:
-        while waiting:
+    def __exit__(self, *exception: object) -> None:
+        if self._handle in self._waiting:
+            _kill_group(self._pid)
+            os.waitpid(self._pid, 0)
+        for handle in (self._handle, self._out, self._err):
+            os.close(handle)
+
+    @property
+    def running(self) -> bool:
+        """Whether the program itself has not ended yet."""
+        return self._handle in self._waiting
+
+    def wait(self, timeout_s: float) -> Completed:
+        """Wait for the program and for its output, then say how it went."""
+        deadline = time.monotonic() + timeout_s
+        while self._waiting:
             left = deadline - time.monotonic()
-            events = poller.poll(max(0, left) * 1000) if left > 0 else []
-            if not events:
+            if left <= 0 or not self.poll(left):
                 break
-            for number, _ in events:
-                if number == handle:
-                    reaped = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                    # What the program left behind holds the pipes open; it ends with it.
-                    _kill_group(pid)
-                elif data := os.read(number, _READ_BYTES):
-                    tails[number] = (tails[number] + data)[-_KEEP_BYTES:]
-                    continue
-                poller.unregister(number)
-                waiting.discard(number)
-    finally:
-        if reaped is None and handle in waiting:
-            _kill_group(pid)
-            os.waitpid(pid, 0)
-        os.close(handle)
-    return Completed(reaped, tails[out_read], tails[err_read])
+        return Completed(self._status, self._tails[self._out], self._tails[self._err])
+
+    def poll(self, timeout_s: float, writable: int = -1) -> bool:
+        """Take in what happens until something does; False when nothing did in time.
+
+        With `writable`, a file descriptor, it also counts when that can be written to.
+        """
+        if writable >= 0:
+            self._poller.register(writable, select.POLLOUT)
+        try:
+            events = self._poller.poll(timeout_s * 1000)
+        finally:
+            if writable >= 0:
+                self._poller.unregister(writable)
+        for number, _ in events:
+            if number == writable:
+                continue
+            if number == self._handle:
+                self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+                # What the program left behind holds the pipes open; it ends with it.
+                _kill_group(self._pid)
+            elif data := os.read(number, _READ_BYTES):
+                self._tails[number] = (self._tails[number] + data)[-_KEEP_BYTES:]
+                continue
+            self._poller.unregister(number)
+            self._waiting.discard(number)
+        return bool(events)
 
 
 def _kill_group(pid: int) -> None:

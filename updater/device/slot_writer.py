@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 HEAD_BYTES = 64 * 1024
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 512 * 1024
 
 
 class SlotWriter:

@@ -6,6 +6,10 @@ new state and an acknowledged transaction stays (sqlite.org/pragma.html#pragma_s
 would keep two more files for no gain at ten transactions an update). A database from a newer
 client is refused untouched. A corrupt one is set aside, because a device must not need a person
 to update again.
+
+A store of an older client is migrated, in one transaction, but not while an update is in progress
+in it: if the system on trial is left again, the older client must still find its own record. Until
+then the older columns are used and what only the newer ones could keep is kept in memory.
 """
 
 from __future__ import annotations
@@ -16,13 +20,13 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from updater.device.errors import StoreError
-from updater.device.model import Outcome, Result, State, Update
+from updater.device.model import Outcome, Part, Result, State, Update
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _LOCK_TIMEOUT_S = 10.0
 _T = TypeVar("_T")
 
-_SCHEMA = """
+_SCHEMA_1 = """
 CREATE TABLE update_in_progress (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     artifact_name TEXT NOT NULL, previous_name TEXT NOT NULL,
@@ -37,6 +41,20 @@ CREATE TABLE outcome (
     cause TEXT NOT NULL, finished_at INTEGER NOT NULL
 ) STRICT;
 """
+_FROM_1_TO_2 = """
+ALTER TABLE update_in_progress ADD COLUMN kind TEXT NOT NULL DEFAULT 'rootfs-image';
+ALTER TABLE update_in_progress ADD COLUMN part TEXT NOT NULL DEFAULT '';
+ALTER TABLE update_in_progress ADD COLUMN steps INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE update_in_progress ADD COLUMN result TEXT NOT NULL DEFAULT '';
+ALTER TABLE update_in_progress ADD COLUMN inconsistent INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE update_in_progress ADD COLUMN reboot TEXT NOT NULL DEFAULT 'Automatic';
+ALTER TABLE update_in_progress ADD COLUMN reverts INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE update_in_progress ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
+ALTER TABLE outcome ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
+ALTER TABLE outcome ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
+"""
+_COLUMNS_1 = "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
+_COLUMNS_2 = f"{_COLUMNS_1}, kind, part, steps, result, inconsistent, reboot, reverts, deployment"
 _KEEP_OUTCOMES = 100
 
 
@@ -51,6 +69,7 @@ class SqliteStore:
     def __init__(self, path: str) -> None:
         self._path = path
         self._connection: sqlite3.Connection | None = None
+        self._version = _SCHEMA_VERSION
         self.set_aside: str | None = None
 
     def close(self) -> None:
@@ -65,16 +84,14 @@ class SqliteStore:
             return None
 
         def read(connection: sqlite3.Connection) -> Update | None:
-            row = connection.execute(
-                "SELECT artifact_name, previous_name, source, target, state, boot_id, cause,"
-                " provides, clears FROM update_in_progress"
-            ).fetchone()
+            columns = _COLUMNS_1 if self._version == 1 else _COLUMNS_2
+            row = connection.execute(f"SELECT {columns} FROM update_in_progress").fetchone()  # noqa: S608
             if row is None:
                 return None
             import json  # noqa: PLC0415 - not at a boot with nothing to do
 
             clears = json.loads(row[8])
-            return Update(
+            update = Update(
                 artifact_name=row[0],
                 previous_name=row[1],
                 source=row[2],
@@ -85,6 +102,18 @@ class SqliteStore:
                 provides=json.loads(row[7]),
                 clears=None if clears is None else tuple(clears),
             )
+            if len(row) == 9:
+                return update
+            return update._replace(
+                kind=row[9],
+                part=Part(row[10]),
+                steps=row[11],
+                result=Result(row[12]) if row[12] else None,
+                inconsistent=bool(row[13]),
+                reboot=row[14],
+                reverts=bool(row[15]),
+                deployment=row[16],
+            )
 
         return self._transaction(read)
 
@@ -92,30 +121,52 @@ class SqliteStore:
         """Remember `update` as the one in progress."""
         import json  # noqa: PLC0415
 
-        row = (
+        values: tuple[str | int, ...] = (
             *update[:4],
             update.state.value,
             update.boot_id,
             update.cause,
             json.dumps(update.provides),
             json.dumps(update.clears),
+            update.kind,
+            update.part.value,
+            update.steps,
+            update.result.value if update.result else "",
+            int(update.inconsistent),
+            update.reboot,
+            int(update.reverts),
+            update.deployment,
         )
-        self._transaction(
-            lambda connection: connection.execute(
-                "INSERT OR REPLACE INTO update_in_progress VALUES (1,?,?,?,?,?,?,?,?,?)", row
-            ),
-            "IMMEDIATE",
-        )
+
+        def write(connection: sqlite3.Connection) -> None:
+            columns, row = _COLUMNS_2, values
+            if self._version == 1:
+                columns, row = _COLUMNS_1, values[:9]
+            marks = ",".join("?" * len(row))
+            connection.execute(
+                f"INSERT OR REPLACE INTO update_in_progress (id, {columns})"  # noqa: S608
+                f" VALUES (1,{marks})",
+                row,
+            )
+
+        self._transaction(write, "IMMEDIATE")
 
     def finish(self, outcome: Outcome, provides: Mapping[str, str] | None) -> None:
         """Forget the update, record its outcome and, if given, the new provides."""
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM update_in_progress")
+            if self._version == 1:
+                self._migrate(connection)
             connection.execute(
-                "INSERT INTO outcome (result, artifact_name, slot, cause, finished_at)"
-                " VALUES (?,?,?,?,?)",
-                (outcome.result.value, *outcome[1:]),
+                "INSERT INTO outcome"
+                " (result, artifact_name, slot, cause, finished_at, deployment, reported)"
+                " VALUES (?,?,?,?,?,?,?)",
+                (
+                    outcome.result.value,
+                    *outcome[1:6],
+                    int(outcome.again or not outcome.deployment),
+                ),
             )
             connection.execute(
                 "DELETE FROM outcome WHERE number <= (SELECT max(number) FROM outcome) - ?",
@@ -140,15 +191,52 @@ class SqliteStore:
 
     def last_outcome(self) -> Outcome | None:
         """Return how the last update ended."""
+        outcomes = self._outcomes("1=1 ORDER BY number DESC LIMIT 1")
+        return outcomes[0] if outcomes else None
+
+    def unreported(self) -> list[Outcome]:
+        """Return the outcomes of deployments that the server does not know yet, oldest first."""
+        return self._outcomes("reported=0 AND deployment<>'' ORDER BY number")
+
+    def attempts(self, deployment: str) -> int:
+        """Return how often this deployment has ended before."""
         if not self._exists():
-            return None
-        row = self._transaction(
-            lambda connection: connection.execute(
-                "SELECT result, artifact_name, slot, cause, finished_at FROM outcome"
-                " ORDER BY number DESC LIMIT 1"
-            ).fetchone()
+            return 0
+        if self._version == 1:
+            return 0
+        return self._transaction(
+            lambda connection: int(
+                connection.execute(
+                    "SELECT count(*) FROM outcome WHERE deployment=?", (deployment,)
+                ).fetchone()[0]
+            )
         )
-        return None if row is None else Outcome(Result(row[0]), *row[1:])
+
+    def mark_reported(self, outcome: Outcome) -> None:
+        """Note that the server knows this outcome."""
+        self._transaction(
+            lambda connection: connection.execute(
+                "UPDATE outcome SET reported=1 WHERE number=?", (outcome.number,)
+            ),
+            "IMMEDIATE",
+        )
+
+    def _outcomes(self, which: str) -> list[Outcome]:
+        if not self._exists():
+            return []
+
+        def read(connection: sqlite3.Connection) -> list[Outcome]:
+            old = self._version == 1
+            if old and "reported" in which:
+                return []
+            deployment = "''" if old else "deployment"
+            rows = connection.execute(
+                "SELECT result, artifact_name, slot, cause, finished_at,"  # noqa: S608
+                f" {deployment}, number FROM outcome WHERE {which}"
+            ).fetchall()
+            return [Outcome(Result(row[0]), *row[1:]) for row in rows]
+
+        return self._transaction(read)
 
     def _exists(self) -> bool:
         return self._connection is not None or os.path.exists(self._path)  # noqa: PTH110
@@ -185,22 +273,41 @@ class SqliteStore:
             self._path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, cached_statements=16
         )
         try:
-            connection.execute("PRAGMA journal_mode=DELETE")
-            connection.execute("PRAGMA synchronous=EXTRA")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > _SCHEMA_VERSION:
                 raise StoreError(
                     f"{self._path}: written by a newer client (schema {version}, this one knows"
                     f" {_SCHEMA_VERSION}); it is left as it is"
                 )
+            connection.execute("PRAGMA journal_mode=DELETE")
+            connection.execute("PRAGMA synchronous=EXTRA")
+            self._version = version or 1
             if version == 0:
                 connection.executescript(
-                    f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT;"
+                    f"BEGIN IMMEDIATE;{_SCHEMA_1}{_FROM_1_TO_2}"
+                    f"PRAGMA user_version={_SCHEMA_VERSION};COMMIT;"
                 )
+                self._version = _SCHEMA_VERSION
+            elif version == 1:
+                self._migrate_unless_in_progress(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _migrate_unless_in_progress(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("SELECT count(*) FROM update_in_progress").fetchone() == (0,):
+            self._migrate(connection)
+        connection.execute("COMMIT")
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        """Bring the tables from schema 1 to 2, inside the caller's transaction."""
+        for statement in _FROM_1_TO_2.split(";"):
+            if statement.strip():
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        self._version = _SCHEMA_VERSION
 
     def _set_aside(self) -> None:
         self.set_aside = f"{self._path}.corrupt"

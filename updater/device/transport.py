@@ -3,8 +3,12 @@
 HTTPS only, TLS 1.2 or newer, certificate and host name checked against the pinned CA. A broken
 connection is resumed at the byte that was reached: 206, an exact Content-Range and an unchanged
 total are required (RFC 9110 §14), and If-Range guards against a changed file. Every wait has a
-time-out, consecutive failures are counted, and the whole download has a deadline. Redirects are
-not followed. http.client and ssl are imported when a URL is opened: a boot needs neither.
+time-out, consecutive failures are counted, a server that trickles is left, and the whole download
+has a deadline. Pauses grow with full jitter, and are as long as `Retry-After` asks. A slow download
+goes through the spool (`spool.py`), so that the next process or boot resumes it too. A link that
+has expired is replaced by `refresh`. Redirects are not followed, and a web page where an artifact
+should be is named for what it is. http.client and ssl are imported when a URL is opened: a boot
+needs neither.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ from contextlib import contextmanager
 
 from updater.device.config import DownloadConfig
 from updater.device.console import say
-from updater.device.errors import TransportError
+from updater.device.errors import DeadlineError, TransportError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import http.client
     import ssl
+    from collections.abc import Callable
 
     from updater.device.ports import Clock, Download
+    from updater.device.spool import Spool
 
 # One read returns at most a TLS record (16 KiB); a larger buffer would lose what had arrived
 # when the connection breaks.
@@ -31,10 +37,23 @@ _READ_BYTES = 64 * 1024
 class FileOrHttpsTransport:
     """Opens paths and https URLs."""
 
-    def __init__(self, ca_file: str | None, bounds: DownloadConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        ca_file: str | None,
+        bounds: DownloadConfig,
+        clock: Clock,
+        spool_dir: str = "",
+        before_tls: Callable[[], None] | None = None,
+    ) -> None:
         self._ca_file = ca_file
         self._bounds = bounds
         self._clock = clock
+        self._spool_dir = spool_dir
+        self._before_tls = before_tls
+        self.identity = ""
+        """What the next location stands for, if not for itself (a deployment's id)."""
+        self.refresh: Callable[[], str] | None = None
+        """Returns a new location for the same artifact when a link has expired."""
 
     @contextmanager
     def open(self, location: str) -> Iterator[Download]:
@@ -47,11 +66,28 @@ class FileOrHttpsTransport:
             with file:
                 yield _File(file.readinto, location)
             return
-        download = _HttpsDownload(location, self._ca_file, self._bounds, self._clock)
+        if self._before_tls is not None:
+            self._before_tls()
+        spool = None
+        if self._spool_dir:
+            from updater.device.spool import Spool  # noqa: PLC0415
+
+            spool = Spool(self._spool_dir)
+        download = _HttpsDownload(location, self._ca_file, self._bounds, self._clock, spool)
+        download.identity = self.identity or location.partition("?")[0]
+        download.refresh = self.refresh
         try:
             yield download
-        finally:
+        except BaseException as error:
             download.close()
+            # What the network or a signal ended goes on later; what was found wrong does not.
+            resumable = isinstance(error, TransportError | DeadlineError)
+            if spool is not None:
+                spool.close() if resumable or not isinstance(error, Exception) else spool.discard()
+            raise
+        download.close()
+        if spool is not None:
+            spool.discard()
 
 
 class _File:
@@ -69,19 +105,55 @@ class _File:
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     Reader = Callable[[memoryview], int | None]
 
 
 class _BrokenError(Exception):
     """This attempt failed in a way that another one may not."""
 
+    def __init__(self, text: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(text)
+        self.retry_after_s = retry_after_s
+
+
+class _RefreshedError(Exception):
+    """The location is a new one: try at once."""
+
 
 class _HttpsDownload:
     """One download over as many connections as it takes."""
 
-    def __init__(self, url: str, ca_file: str | None, bounds: DownloadConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        url: str,
+        ca_file: str | None,
+        bounds: DownloadConfig,
+        clock: Clock,
+        spool: Spool | None,
+    ) -> None:
+        self._bounds = bounds
+        self._clock = clock
+        self._spool = spool
+        self._aim(url)
+        self._context = tls_context(ca_file)
+        self._deadline = clock.monotonic() + bounds.deadline_s
+        self._connection: http.client.HTTPSConnection | None = None
+        self._response: http.client.HTTPResponse | None = None
+        self._total: int | None = None
+        self._validator = ""
+        self._received = 0
+        self._failures = 0
+        self._refreshed = 0
+        self._window = (0.0, 0)
+        self._begun = False
+        self._replay_at: int | None = None
+        self._held: bytearray | None = None
+        self._spooling = False
+        self._sample = (clock.monotonic(), 0)
+        self.identity = url
+        self.refresh: Callable[[], str] | None = None
+
+    def _aim(self, url: str) -> None:
         from urllib.parse import urlsplit  # noqa: PLC0415
 
         parts = urlsplit(url)
@@ -96,16 +168,6 @@ class _HttpsDownload:
         self._url = url
         self._host, self._port = parts.hostname, port
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._bounds = bounds
-        self._clock = clock
-        self._context = _tls_context(ca_file)
-        self._deadline = clock.monotonic() + bounds.deadline_s
-        self._connection: http.client.HTTPSConnection | None = None
-        self._response: http.client.HTTPResponse | None = None
-        self._total: int | None = None
-        self._validator = ""
-        self._received = 0
-        self._failures = 0
 
     def close(self) -> None:
         """Drop the connection."""
@@ -118,19 +180,98 @@ class _HttpsDownload:
         import http.client  # noqa: PLC0415
         import ssl  # noqa: PLC0415
 
-        while self._received != self._total:
+        if not self._begun:
+            self._begun = True
+            self._find_checkpoint()
+        while self._received != self._total or self._replay_at is not None:
             try:
+                if self._replay_at is not None and self._total is not None:
+                    return self._replay(buffer)
                 if self._response is None:
                     self._connect()
+                    continue
                 return self._receive(buffer)
             except ssl.SSLCertVerificationError as error:
                 raise TransportError(
                     f"{self._url}: the server's certificate is not trusted: {error.verify_message}"
                 ) from error
+            except _RefreshedError:
+                self.close()
             except (OSError, http.client.HTTPException, _BrokenError) as error:
                 self.close()
                 self._back_off(error)
         return 0
+
+    # The spool.
+
+    def _find_checkpoint(self) -> None:
+        """Begin where an earlier process or boot had come to, if that is known."""
+        found = self._spool.find(self.identity) if self._spool is not None else None
+        if found is not None:
+            self._received = found.size
+            self._validator = found.validator
+            self._expected_total = found.total
+            self._replay_at = 0
+            self._spooling = True
+            if found.size == found.total:
+                # Everything is there; the last byte is asked for to see that it is still the same.
+                self._received -= 1
+                self._spooling = False
+        elif self._spool is not None:
+            self._held = bytearray()
+
+    def _replay(self, buffer: memoryview) -> int:
+        """Hand out again what is on the disk; the server has confirmed that it is still valid."""
+        assert self._spool is not None
+        assert self._replay_at is not None
+        limit = min(_READ_BYTES, self._received - self._replay_at)
+        count = self._spool.read(self._replay_at, buffer[:limit])
+        if count == 0:
+            raise TransportError(f"{self._url}: what was downloaded before cannot be read")
+        self._replay_at += count
+        if self._replay_at == self._received:
+            self._replay_at = None
+            # The time that the replay took says nothing about the server.
+            self._window = (self._clock.monotonic(), self._received)
+        return count
+
+    def _start_again(self) -> None:
+        """Forget the checkpoint: the server has something else."""
+        say(f"{self._url}: the file changed since the download was interrupted; starting again")
+        assert self._spool is not None
+        self._spool.discard()
+        self._received = 0
+        self._validator = ""
+        self._replay_at = None
+        self._spooling = False
+        self._held = bytearray()
+
+    def _keep(self, data: bytes) -> None:
+        """Spool what arrived, once it is clear that the download is slow."""
+        if self._spool is None:
+            return
+        if self._spooling:
+            self._spool.append(data)
+            return
+        if self._held is None:
+            return
+        self._held += data
+        from updater.device import spool  # noqa: PLC0415
+
+        if len(self._held) < spool.HOLD_BYTES:
+            if len(self._held) <= spool.HOLD_BYTES // 2:
+                self._sample = (self._clock.monotonic(), len(self._held))
+            return
+        assert self._total is not None
+        held, self._held = bytes(self._held), None
+        since, at = self._sample
+        elapsed = self._clock.monotonic() - since
+        free = self._spool.free_bytes()
+        if spool.worth_it(self._total, len(held) - at, elapsed, free, self._bounds.spool_min_s):
+            self._spooling = True
+            self._spool.begin(self.identity, self._total, self._validator, held)
+
+    # The network.
 
     def _receive(self, buffer: memoryview) -> int:
         assert self._response is not None
@@ -141,8 +282,27 @@ class _HttpsDownload:
             raise _BrokenError("the server closed the connection")
         buffer[: len(data)] = data
         self._received += len(data)
-        self._failures = 0
+        self._failures = self._refreshed = 0
+        self._keep(data)
+        self._check_pace()
         return len(data)
+
+    def _check_pace(self) -> None:
+        """Leave a server that only trickles: each stall period must bring some bytes."""
+        now = self._clock.monotonic()
+        since, at = self._window
+        if now - since < self._bounds.stall_s:
+            return
+        self._window = (now, self._received)
+        if since and self._received - at < self._bounds.stall_bytes:
+            # The bytes that did come are kept; the next request goes on behind them.
+            self.close()
+            self._back_off(
+                _BrokenError(
+                    f"only {self._received - at} bytes in {now - since:.0f} s: the download stalls"
+                ),
+                keep_count=True,
+            )
 
     def _connect(self) -> None:
         import http.client  # noqa: PLC0415
@@ -157,14 +317,32 @@ class _HttpsDownload:
                 headers["If-Range"] = self._validator
         self._connection.request("GET", self._target, headers=headers)
         response = self._connection.getresponse()
-        if self._received:
+        from_checkpoint = self._replay_at is not None and self._total is None
+        if from_checkpoint and response.status in (200, 416):
+            self._start_again()
+            if response.status == 416:
+                raise _BrokenError("the server has another file now")
+        if from_checkpoint and self._received:
+            self._total = self._expected_total
+            try:
+                self._check_resumed(response)
+            except BaseException:
+                self._total = None
+                raise
+        elif self._received:
             self._check_resumed(response)
         else:
             self._check_first(response)
         self._response = response
+        self._window = (self._clock.monotonic(), self._received)
 
     def _check_first(self, response: http.client.HTTPResponse) -> None:
         self._check_status(response, 200)
+        if (response.getheader("Content-Type") or "").lower().startswith("text/html"):
+            raise TransportError(
+                f"{self._url}: a web page came instead of an artifact; is there a captive portal"
+                " or a proxy in between?"
+            )
         length = response.getheader("Content-Length") or ""
         if not (length.isascii() and length.isdigit() and len(length) <= 15) or response.getheader(
             "Transfer-Encoding"
@@ -197,27 +375,35 @@ class _HttpsDownload:
         if status == expected:
             return
         if status in (408, 425, 429) or status >= 500:
-            raise _BrokenError(f"the server answered {status}")
+            if status == 511:
+                raise TransportError(f"{self._url}: a captive portal wants a login (511)")
+            raise _BrokenError(f"the server answered {status}", retry_after(response))
+        if status in (401, 403, 404, 410) and self.refresh is not None:
+            self._refreshed += 1
+            if self._refreshed <= _MAX_REFRESHES:
+                self._aim(self.refresh())
+                say(f"the link has expired ({status}), a new one was fetched")
+                raise _RefreshedError
         raise TransportError(
             f"{self._url}: the server answered {status} instead of {expected}"
-            + (" (redirects are not followed)" if 300 <= status < 400 else "")
+            + (" (redirects are not followed; a captive portal?)" if 300 <= status < 400 else "")
         )
 
-    def _back_off(self, error: Exception) -> None:
+    def _back_off(self, error: Exception, *, keep_count: bool = False) -> None:
         """Wait before the next attempt, or give up."""
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
         self._failures += 1
+        if keep_count:
+            self._stalls += 1
+            self._failures = max(self._failures, self._stalls)
         where = f"at byte {self._received}" + (f" of {self._total}" if self._total else "")
         if self._failures > self._bounds.retries:
             raise TransportError(
                 f"{self._url}: gave up {where} after {self._failures} attempts: {cause}"
             ) from error
-        delay = min(
-            self._bounds.backoff_ceiling_s, self._bounds.backoff_s * 2 ** (self._failures - 1)
-        )
-        import random  # noqa: PLC0415
-
-        delay *= random.uniform(0.5, 1.0)  # noqa: S311 - spreads a fleet, no secret
+        delay = backoff(self._failures, self._bounds.backoff_s, self._bounds.backoff_ceiling_s)
+        if isinstance(error, _BrokenError):
+            delay = max(delay, error.retry_after_s)
         if self._clock.monotonic() + delay > self._deadline:
             raise TransportError(f"{self._url}: deadline passed {where}: {cause}") from error
         say(
@@ -226,8 +412,41 @@ class _HttpsDownload:
         )
         self._clock.wait(delay)
 
+    _stalls = 0
+    _expected_total = 0
 
-def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+
+# In a row, without a byte in between.
+_MAX_REFRESHES = 5
+
+
+def backoff(failures: int, first_s: float, ceiling_s: float) -> float:
+    """Return a pause: full jitter under a doubling bound, but never next to nothing."""
+    import random  # noqa: PLC0415
+
+    bound = min(ceiling_s, first_s * 2.0 ** (min(failures, 30) - 1))
+    return max(bound / 10, random.uniform(0.0, bound))  # noqa: S311 - spreads a fleet, no secret
+
+
+def retry_after(response: http.client.HTTPResponse) -> float:
+    """Return the seconds that the server asks to wait; 0 when it does not say."""
+    text = (response.getheader("Retry-After") or "").strip()
+    if text.isascii() and text.isdigit() and len(text) < 8:
+        return float(text)
+    if text:
+        import time  # noqa: PLC0415
+        from email.utils import parsedate_to_datetime  # noqa: PLC0415
+
+        try:
+            at: float = parsedate_to_datetime(text).timestamp()
+        except (ValueError, TypeError):
+            return 0.0
+        return max(0.0, at - time.time())
+    return 0.0
+
+
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """Return a context that checks certificate and host name against the pinned CA."""
     import ssl  # noqa: PLC0415
 
     try:
