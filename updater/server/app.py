@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from updater.server import device_api, jobs, management_api
+from updater.server import device_api, jobs, management_api, web
 from updater.server.core import Core
 from updater.server.database import one_line
 from updater.server.errors import RefusedError
@@ -51,13 +51,16 @@ def create_app(core: Core, *, background: bool = True) -> ASGIApp:
     app.state.core = core
     app.include_router(device_api.router, dependencies=[Depends(device_api.require_certificate)])
     app.include_router(management_api.router)
+    app.include_router(web.router)
     _add_operations(app)
     _add_error_handlers(app)
     return Guard(app, core)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, RefusedError) and web.wants_page(request):
+            return web.error_page(request, error)
         return answer_to(error)
 
     async def handle_invalid(request: Request, error: Exception) -> Response:

@@ -24,7 +24,7 @@ from updater.server.database import one_line
 from updater.server.errors import RefusedError
 
 BODY_LIMIT = 1 << 20
-UPLOAD_PATH = "/api/management/v1/artifacts"
+UPLOAD_PATHS = ("/api/management/v1/artifacts", "/artifacts")
 DOWNLOAD_PATH = "/api/devices/v1/download/"
 _log = structlog.get_logger("updater.server")
 
@@ -95,7 +95,7 @@ class Guard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._core.settings
-        upload = scope["method"] == "POST" and scope["path"] == UPLOAD_PATH
+        upload = scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS
         limit = settings.max_artifact_bytes if upload else BODY_LIMIT
         declared = _declared_length(scope)
         if declared is not None and declared > limit:

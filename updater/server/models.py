@@ -189,6 +189,12 @@ class Assignment(Base):
             postgresql_where=text("stalls_at IS NOT NULL"),
         ),
         Index("assignment_history", "device_id", "id"),
+        Index(
+            "assignment_failed",
+            "finished_at",
+            sqlite_where=text("status IN ('failure', 'stalled')"),
+            postgresql_where=text("status IN ('failure', 'stalled')"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)

@@ -6,7 +6,7 @@ import datetime
 import json
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from updater.server import deployments as rollouts
@@ -283,6 +283,32 @@ def log(session: Session, deployment_id: str, device_id: str) -> dict[str, Any]:
     if row is None:
         raise not_found("log", deployment_id)
     return {"received_at": iso(row.received_at), "messages": json.loads(row.messages)}
+
+
+def group_names(session: Session) -> list[str]:
+    """Return the names of all groups."""
+    return list(session.scalars(select(DeviceGroup.name).order_by(DeviceGroup.name)))
+
+
+def latest_failures(session: Session, limit: int) -> list[dict[str, Any]]:
+    """Return the last failed updates with their causes, newest first."""
+    rows = session.execute(
+        select(Assignment, Device.identity, Deployment.name)
+        .join(Deployment, Deployment.id == Assignment.deployment_id)
+        .outerjoin(Device, Device.id == Assignment.device_id)
+        # Spelt out, so that the planner sees that the partial index answers it.
+        .where(text("assignment.status IN ('failure', 'stalled')"))
+        .order_by(Assignment.finished_at.desc())
+        .limit(limit)
+    )
+    return [
+        {
+            **_assignment(found),
+            "identity": json.loads(identity) if identity else None,
+            "deployment": name,
+        }
+        for found, identity, name in rows
+    ]
 
 
 def audit_entry(entry: AuditEntry) -> dict[str, Any]:
