@@ -160,6 +160,54 @@ def password(folder: Path, user: str, password: str) -> None:
         database.close()
 
 
+@server.command()
+@click.option("--url", envvar="UPDATER_SERVER_URL", default="https://localhost:8443")
+@click.option("--ca", envvar="UPDATER_SERVER_CA", type=click.Path(path_type=Path), required=True)
+@click.option("--devices", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
+@click.option("--device-type", default="simulated", show_default=True)
+@click.option("--artifact-name", default="v1", show_default=True, help="What they run at first.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--pause", type=click.FloatRange(0), default=2.0, metavar="SECONDS")
+@click.option("--connections", type=click.IntRange(1, 20_000), default=64, show_default=True)
+@click.option("--fail", type=click.FloatRange(0, 100), default=0.0, metavar="PERCENT")
+@click.option("--seed", type=int, default=0, show_default=True)
+def simulate(
+    url: str,
+    ca: Path,
+    devices: int,
+    device_type: str,
+    artifact_name: str,
+    rounds: int,
+    pause: float,
+    connections: int,
+    fail: float,
+    seed: int,
+) -> None:
+    """Be a fleet: the real protocol over TLS, then a table of latencies."""
+    import asyncio  # noqa: PLC0415
+
+    from updater.server import simulate as fleet  # noqa: PLC0415
+
+    figures = asyncio.run(
+        fleet.run(
+            url,
+            ca,
+            devices=devices,
+            device_type=device_type,
+            artifact_name=artifact_name,
+            rounds=rounds,
+            pause_s=pause,
+            connections=connections,
+            fail_percent=fail,
+            seed=seed,
+            say=click.echo,
+        )
+    )
+    click.echo("\n".join(figures.lines()))
+    if figures.errors:
+        raise ServerError(f"{sum(figures.errors.values())} requests failed")
+
+
 class _Api:
     """The management API of one server."""
 

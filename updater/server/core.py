@@ -60,8 +60,11 @@ def open_core(settings: Settings, clock: Callable[[], float] = time.time) -> Cor
     )
 
 
-def core_of(request: Request) -> Core:
-    """Return the core of the application that handles `request` (a FastAPI dependency)."""
+async def core_of(request: Request) -> Core:
+    """Return the core of the application that handles `request` (a FastAPI dependency).
+
+    It is async because FastAPI runs a plain function in a thread, which costs more than all else.
+    """
     core = request.app.state.core
     assert isinstance(core, Core)
     return core

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, func, insert, select, true, update
+from sqlalchemy import ColumnElement, bindparam, func, insert, select, true, update
 from sqlalchemy.orm import Session
 
 from updater.server import artifacts, fleet, rollout
@@ -173,7 +173,7 @@ def require(session: Session, deployment_id: str) -> Deployment:
 
 def has_candidates(session: Session, device_id: str, now: float) -> bool:
     """Return whether a poll needs more than this look-up: the answer is mostly no."""
-    rows = session.execute(_candidates(device_id).with_only_columns(*_CANDIDATE)).all()
+    rows = session.connection().execute(_POLL, {"device": device_id}).all()
     return any(
         not_before <= now
         and (status != Status.PENDING or rollout.in_window(plan_from_json(plan).window, now))
@@ -181,14 +181,11 @@ def has_candidates(session: Session, device_id: str, now: float) -> bool:
     )
 
 
-_CANDIDATE = (Assignment.status, Assignment.not_before, Deployment.plan)
-
-
 def offer(
     session: Session, device_id: str, provides: Mapping[str, str], now: float
 ) -> Offer | None:
     """Give a polling device its next update, oldest deployment first; settle what can't be."""
-    for assignment, deployment in session.execute(_candidates(device_id)).all():
+    for assignment, deployment in session.execute(_OPEN, {"device": device_id}).all():
         plan = plan_from_json(deployment.plan)
         pending = assignment.status == Status.PENDING
         if assignment.not_before > now or (pending and not rollout.in_window(plan.window, now)):
@@ -362,19 +359,20 @@ def judge(session: Session, deployment: Deployment, now: float) -> None:
         return
 
 
-def _candidates(device_id: str) -> Any:
-    return (
-        select(Assignment, Deployment)
-        .join(Deployment, Deployment.id == Assignment.deployment_id)
-        .where(
-            Assignment.device_id == device_id,
-            Assignment.open,
-            Assignment.phase <= Deployment.open_phase,
-            Deployment.status == RUNNING,
-        )
-        .order_by(Deployment.created_at, Deployment.id)
-        .limit(_MAX_CANDIDATES)
+_OPEN = (
+    select(Assignment, Deployment)
+    .join(Deployment, Deployment.id == Assignment.deployment_id)
+    .where(
+        Assignment.device_id == bindparam("device"),
+        Assignment.open,
+        Assignment.phase <= Deployment.open_phase,
+        Deployment.status == RUNNING,
     )
+    .order_by(Deployment.created_at, Deployment.id)
+    .limit(_MAX_CANDIDATES)
+)
+# On every poll of every device, so it is built once: answered by the index `assignment_open`.
+_POLL = _OPEN.with_only_columns(Assignment.status, Assignment.not_before, Deployment.plan)
 
 
 def _of_device(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, exists, func, select, true, update
+from sqlalchemy import ColumnElement, bindparam, delete, exists, func, select, true, update
 from sqlalchemy.orm import Session
 
 from updater.server.audit import record
@@ -69,10 +69,15 @@ def find_key(session: Session, identity: Identity, key: Key) -> Credentials | No
 
 def key_counts(session: Session, device_id: str, key_id: str) -> bool:
     """Return whether a token for this device and key is still good."""
-    status = session.execute(
-        select(DeviceKey.status).where(DeviceKey.id == key_id, DeviceKey.device_id == device_id)
-    ).scalar()
-    return status == ACCEPTED
+    found = session.connection().execute(_KEY, {"key": key_id, "device": device_id})
+    return found.scalar() == ACCEPTED
+
+
+# On every request of every device, so it is built once.
+_KEY = select(DeviceKey.__table__.c.status).where(
+    DeviceKey.__table__.c.id == bindparam("key"),
+    DeviceKey.__table__.c.device_id == bindparam("device"),
+)
 
 
 def introduce(
