@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup demo test lint images unit scenarios night lock bench clean
+.PHONY: setup demo test lint images unit scenarios night server-night lock bench clean
 
 setup:
 	@.ci/bootstrap
@@ -39,6 +39,11 @@ night: images
 	@for rig in rigs/*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done
+
+# The management server's long tests (kills, fuzzing, slow connections) and its benchmark.
+server-night: setup
+	$(PYTEST) tests/updater_server tests/peers -m server_night
+	.venv/bin/python tests/benchmarks/server.py
 
 bench: images
 	.venv/bin/python tests/benchmarks/recorder.py

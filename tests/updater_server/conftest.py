@@ -43,3 +43,12 @@ def world_fixture(served: World) -> World:
 @pytest.fixture(scope="session")
 def artifact_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_artifact(tmp_path_factory.mktemp("artifacts"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long tests run when `-m` names them."""
+    if "server_night" not in config.option.markexpr:
+        long = pytest.mark.skip(reason="long: make server-night")
+        for item in items:
+            if "server_night" in item.keywords:
+                item.add_marker(long)

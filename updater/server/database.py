@@ -239,13 +239,28 @@ class _GroupWriter:
                     else:
                         done.append((future, result))
         except BaseException as error:  # noqa: BLE001 - nobody may wait for ever
+            cause = _first_failure(error)
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(error)
+                    future.set_exception(cause)
             return
         for future, result in done:
             with contextlib.suppress(Exception):
                 future.set_result(result)
+
+
+def _first_failure(error: BaseException) -> BaseException:
+    """Return what began it.
+
+    A full disk makes SQLite roll the whole transaction back, and what comes up then is that the
+    savepoint is gone.
+    """
+    found = error
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, DBAPIError):
+            found = error
+    return found
 
 
 def one_line(error: BaseException) -> str:

@@ -310,9 +310,9 @@ async def put_log(
     return Response(status_code=204)
 
 
-@router.api_route(
+@router.head("/v1/download/{artifact_id}", include_in_schema=False)
+@router.get(
     "/v1/download/{artifact_id}",
-    methods=["GET", "HEAD"],
     response_class=FileResponse,
     responses={206: {}, 403: {}, 404: {}, 416: {}},
     tags=["device"],

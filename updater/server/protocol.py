@@ -13,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_S = 20.0
 MAX_HEADER_BYTES = 32 * 1024
+# How long a refused client has to read the answer.
+_LAST_WORD_S = 1.0
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -55,6 +57,16 @@ class GuardedProtocol(HttpToolsProtocol):
         """Stop the clock: bodies have bounds of their own (`guard.py`)."""
         self._disarm()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """End a connection whose request was refused before its body was read.
+
+        Closing TLS politely waits for the other side, which may go on sending for ever.
+        """
+        unread = self.cycle is not None and self.cycle.more_body
+        super().on_response_complete()
+        if unread and self.transport.is_closing():
+            self.loop.call_later(_LAST_WORD_S, self.transport.abort)
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

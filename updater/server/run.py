@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import ssl
 import threading
@@ -109,6 +110,9 @@ def serve(app: ASGIApp, settings: Settings, ready: Callable[[int], None]) -> Non
 
     `ready` is called with the port once connections are accepted.
     """
+    # uvicorn stops on these and then raises them again: by then the work is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     config = configure(app, settings)
     bound = listen(settings.host, settings.port)
     server = _Announcing(config, lambda: ready(int(bound.getsockname()[1])))
