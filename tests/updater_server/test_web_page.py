@@ -64,7 +64,9 @@ def wait_for(browser: Any, text: str) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     WebDriverWait(browser, 60).until(
-        lambda b: text in b.find_element("tag name", "body").text, f"no {text!r} on the page"
+        # In one step: htmx may replace elements at any moment.
+        lambda b: text in b.execute_script("return document.body.innerText"),
+        f"no {text!r} on the page",
     )
 
 
