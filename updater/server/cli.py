@@ -161,6 +161,27 @@ def password(folder: Path, user: str, password: str) -> None:
 
 
 @server.command()
+@_FOLDER
+@click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
+def backup(folder: Path, output: Path) -> None:
+    """Copy FOLDER's server (which may run) into the tar OUTPUT."""
+    from updater.server.backup import back_up  # noqa: PLC0415
+    from updater.server.settings import load_settings  # noqa: PLC0415
+
+    back_up(load_settings(folder), output, click.echo)
+
+
+@server.command()
+@click.argument("backup_file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("folder", type=click.Path(path_type=Path))
+def restore(backup_file: Path, folder: Path) -> None:
+    """Unpack BACKUP_FILE into the new FOLDER."""
+    from updater.server.backup import restore as unpack  # noqa: PLC0415
+
+    unpack(backup_file, folder, click.echo)
+
+
+@server.command()
 @click.option("--url", envvar="UPDATER_SERVER_URL", default="https://localhost:8443")
 @click.option("--ca", envvar="UPDATER_SERVER_CA", type=click.Path(path_type=Path), required=True)
 @click.option("--devices", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
