@@ -399,3 +399,41 @@ def test_a_terminated_server_ends_cleanly_and_gives_the_lease_up(tmp_path: Path)
     until = database.read_now(lambda s: s.execute(text("SELECT until FROM lease")).scalar())
     assert until == 0
     database.close()
+
+
+@pytest.mark.server_night
+def test_two_workers_are_one_server(tmp_path: Path, database_url: str) -> None:
+    folder = tmp_path / "server"
+    made = initialise(folder, ["localhost"], 0, "127.0.0.1", database_url=database_url)
+    database = Database(made.settings.database_url)
+    admin = database.read_now(lambda s: accounts.require_user(s, "admin").id)
+    token = database.write_now(
+        lambda s: accounts.grant(s, admin, accounts.TOKEN, "t", time.time(), 1e6)
+    )
+    database.close()
+    bearer = {"Authorization": f"Bearer {token}"}
+    with server_process(folder) as one, server_process(folder) as two:
+        first, second = (_world_for(folder, server, bearer) for server in (one, two))
+        device = first.accepted()
+        assert second.upload(make_artifact(tmp_path, "v2", 20_000)).status_code == 201
+        deployment = second.deploy("v2")
+        offer = device.next().json()
+        # What one worker signed, the other takes; what one stored, the other sends.
+        device.client.base_url = httpx.URL(f"{two.url}/api/devices")
+        assert device.next().json()["id"] == offer["id"]
+        uri = offer["artifact"]["source"]["uri"].replace(one.url, two.url)
+        assert second.client().get(uri).status_code == 200
+        device.update(deployment)
+        assert first.deployment(deployment)["status"] == "finished"
+        first.admin.post(f"/devices/{device.id}/reject")
+        assert device.next().status_code == 401
+        # The worker with the lease dies; the other goes on.
+        one.kill()
+        end = time.monotonic() + 60
+        database = Database(made.settings.database_url)
+        query = text("SELECT holder, until FROM lease")
+        before = database.read_now(lambda s: s.execute(query).one())
+        while tuple(database.read_now(lambda s: s.execute(query).one())) == tuple(before):
+            assert time.monotonic() < end, "nobody took the lease"
+            time.sleep(0.5)
+        database.close()
