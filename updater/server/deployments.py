@@ -33,7 +33,7 @@ FINISHED, STOPPED, ABORTED = "finished", "stopped", "aborted"
 LIVE = (SCHEDULED, RUNNING, PAUSED)
 # Up to this many devices a deployment is judged at every report; above, when one fails and at
 # every tick, because counting costs as much as there are devices.
-_JUDGED_AT_ONCE = 1000
+_JUDGED_AT_ONCE = 200
 _STALLED_AT_ONCE = 500
 _MAX_CANDIDATES = 16
 _MAX_SUBSTATE = 4096
