@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup demo test lint images unit scenarios night server-night lock bench clean
+.PHONY: setup demo test lint images unit scenarios night server server-night lock bench clean
 
 setup:
 	@.ci/bootstrap
@@ -39,6 +39,13 @@ night: images
 	@for rig in rigs/*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done
+
+# An update server with its web page on https://localhost:8443, for trying things out; the first
+# start prints the password and how to connect a device.
+server: setup
+	@[ -e build/server/server.toml ] || .venv/bin/updater server init build/server \
+		--name localhost --name 127.0.0.1 --name 10.0.2.2
+	@.venv/bin/updater server run build/server
 
 # The management server's long tests (kills, fuzzing, slow connections) and its benchmark.
 server-night: setup

@@ -17,6 +17,8 @@ import click
 
 from updater.server.errors import RefusedError, ServerError
 
+# What QEMU's user network calls the host (QEMU's manual, "Network emulation").
+_QEMU_HOST = "10.0.2.2"
 _FOLDER = click.argument(
     "folder", type=click.Path(path_type=Path, file_okay=True), default=Path("updater-server")
 )
@@ -63,12 +65,12 @@ def init(
         database_url,
     )
     click.echo(f"made {folder}; start it with: updater server run {folder}")
-    click.echo(
-        f"web page: {made.settings.public_url}/  user: admin  password: {made.admin_password}"
-    )
+    click.echo(f"web page: {made.url}/  user: admin  password: {made.admin_password}")
     click.echo(f"authority: {folder / 'ca.pem'}")
     click.echo(f"SHA-256 fingerprint: {made.fingerprint}")
     click.echo(f"\nTo connect a device:\n\n{made.device_configuration}", nl=False)
+    if _QEMU_HOST in names:
+        click.echo(f"\nA QEMU guest with user networking calls this host {_QEMU_HOST}.")
 
 
 @server.command()

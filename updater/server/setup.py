@@ -25,7 +25,7 @@ _SETTINGS = """\
 # The update server's settings; every key and its default: updater/server/settings.py.
 host = "{host}"
 port = {port}
-public_url = "{public_url}"
+# public_url = "https://updates.example.com"   # in links; without it, what the device called us
 certificate = "server.pem"
 key = "server.key"
 # Only artifacts that one of these public keys signed are taken; none: signatures aren't looked at.
@@ -49,6 +49,7 @@ class Made(NamedTuple):
     """What `init` made, for printing."""
 
     settings: Settings
+    url: str
     fingerprint: str
     device_configuration: str
     admin_password: str
@@ -82,9 +83,7 @@ def initialise(
         for number, source in enumerate(artifact_keys or []):
             (folder / f"artifact-key-{number}.pem").write_bytes(source.read_bytes())
             copied.append(f'"artifact-key-{number}.pem"')
-        text = _SETTINGS.format(
-            host=host, port=port, public_url=url if port else "", artifact_keys=", ".join(copied)
-        )
+        text = _SETTINGS.format(host=host, port=port, artifact_keys=", ".join(copied))
         if database_url:
             text += f'database_url = "{database_url}"\n'
         temporary = folder / f"{SETTINGS_NAME}.new"
@@ -99,6 +98,7 @@ def initialise(
         raise ServerError(f"{error.filename or folder}: {error.strerror}") from error
     return Made(
         load_settings(target),
+        url,
         authority.fingerprint(),
         _DEVICE.format(url=url, ca=folder / CA_NAME),
         password,
