@@ -2,10 +2,14 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup demo test lint images unit scenarios night explore server server-night lock bench fuzz clean
+.PHONY: setup setup-tests demo test lint images unit scenarios night explore server server-night lock bench fuzz clean
 
 setup:
 	@.ci/bootstrap
+
+# Also what only the tests use.
+setup-tests:
+	@.ci/bootstrap tests
 
 demo: setup
 	@.venv/bin/brownout demo
@@ -24,7 +28,7 @@ images: setup
 		.venv/bin/python -m images build $$target --relock-if-gone || exit 1; \
 	done
 
-unit: images
+unit: images setup-tests
 	$(PYTEST) tests --ignore tests/planted -m "not night" --durations=20
 
 scenarios: images
@@ -34,7 +38,7 @@ scenarios: images
 	done
 
 # The whole matrix, everything on an SD card too, and the long tests: for the night.
-night: images
+night: images setup-tests
 	$(PYTEST) tests --ignore tests/planted -m night
 	@for rig in rigs/*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
@@ -54,6 +58,18 @@ explore: images
 		--exhaustive-up-to 10 --samples 300 --data-checks 400 \
 		--judge static --judge data --judge uboot --judge coldboot \
 		--decisions 60 --cold-boots 14 --deep 6 --report build/explore/report.html
+
+# An update server with its web page on https://localhost:8443, for trying things out; the first
+# start prints the password and how to connect a device.
+server: setup
+	@[ -e build/server/server.toml ] || .venv/bin/updater server init build/server \
+		--name localhost --name 127.0.0.1 --name 10.0.2.2
+	@.venv/bin/updater server run build/server
+
+# The management server's long tests (kills, fuzzing, slow connections) and its benchmark.
+server-night: setup-tests
+	$(PYTEST) tests/updater_server tests/peers -m server_night
+	.venv/bin/python tests/benchmarks/server.py
 
 bench: images
 	.venv/bin/python tests/benchmarks/recorder.py

@@ -1,4 +1,4 @@
-"""`updater`: the command line on the device, and `updater artifact …` on the host.
+"""`updater`: the command line on the device, and `updater artifact|server …` on the host.
 
 Exit codes: 0 done, 1 error, 2 nothing in progress, 4 reboot needed, 130 and 143 interrupted.
 Whatever happens, the last word is one line, not a traceback (`--verbose` shows that too).
@@ -59,6 +59,15 @@ def main(
     try:
         if given == ["resume"]:
             return _on_device("resume", DEFAULT_PATH, compose or open_client)
+        if given[:1] == ["server"]:
+            # Interrupts are uvicorn's and click's there.
+            import signal  # noqa: PLC0415
+
+            from updater.server import cli as server_cli  # noqa: PLC0415
+
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            return server_cli.main(given[1:], verbose=verbose)
         options = _parse(given)
         if options.verb == "artifact":
             from updater.artifact import cli as artifact_cli  # noqa: PLC0415
@@ -310,6 +319,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     bundle = verbs.add_parser("support-bundle", help="collect what explains a failure in one file")
     bundle.add_argument("-o", "--output", metavar="FILE", help="default: here, named by the date")
     bundle.add_argument("--slot-hashes", action="store_true", help="hash both slots (slow)")
+    verbs.add_parser("server", help="run and manage an update server (host)", add_help=False)
     artifact = verbs.add_parser("artifact", help="write, read and validate artifacts (host)")
     if given and "artifact" in given:
         from updater.artifact import cli as artifact_cli  # noqa: PLC0415

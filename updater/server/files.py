@@ -18,12 +18,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from updater.server.errors import ServerError
+
 START_TIMEOUT_S = 10.0
 ARTIFACT_SUFFIX = ".mender"
-
-
-class ServerError(Exception):
-    """The server could not start; the message names the file or address and the cause."""
 
 
 def application(directory: Path) -> Starlette:
