@@ -424,6 +424,10 @@ class Client:
         """Arm the new slot for one trial boot: one transaction, read back."""
         update = self._current()
         if update.is_image:
+            if self._has_scripts("ArtifactInstall", Part.LEAVE):
+                # Before the slot can be started: it must not be kept without what they do.
+                self._update = update._replace(part=Part.LEAVE)
+                self._save(fatal=True)
             with deferred():
                 bootenv.start_trial(self.ports.bootenv, self._slot(update.target))
             return Event.DONE
@@ -549,11 +553,12 @@ class Client:
                 self.ports.modules.call(State.CLEANUP)
             except UpdaterError as error:
                 say(f"also: {error}")
-        self.ports.store.finish(outcome, self._provides_now(update, committed=committed))
-        self._say_outcome(update, slot, cause)
+        # Before the record goes: after a cut, nobody would come back for them.
         self.ports.scripts.drop()
         if self.ports.modules is not None:
             self.ports.modules.drop()
+        self.ports.store.finish(outcome, self._provides_now(update, committed=committed))
+        self._say_outcome(update, slot, cause)
         self.ports.observer.finished(update, outcome)
         return Event.DONE
 
