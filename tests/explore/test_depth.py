@@ -65,6 +65,7 @@ def test_what_a_tear_made_unreadable_is_an_error_until_it_is_written(tmp_path, j
                     client.read(hole, length)
                 client.write(hole, b"x" * length)
                 assert client.read(hole, length) == b"x" * length
+                client.flush()  # what arrives later finds the completion in the journal
             reader = JournalReader(recorder.journal_path, begin=begin)
             with reader.state_at(0) as before, reader.final() as after:
                 assert before.unreadable() == disk.unreadable()
