@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -118,10 +118,12 @@ class ArtifactStore:
     def _validate(self, artifact_id: str, source: _Tee) -> Stored:
         try:
             reader = ArtifactReader(source, self._keys)
-            for file in _payload_files(reader):
+            for file in reader.files():
                 for _ in file:
                     pass
             source.drain()
+            if reader.payload_type is None:
+                raise RefusedError(422, "the artifact has no payload, so nothing can be deployed")
         except ArtifactError as error:
             raise RefusedError(422, f"not a valid artifact: {error}") from error
         depends = {**reader.header_info.depends, **reader.type_info.depends}
@@ -137,12 +139,6 @@ class ArtifactStore:
             provides=reader.provides,
             depends={key: list(values) for key, values in depends.items()},
         )
-
-
-def _payload_files(reader: ArtifactReader) -> Iterable[Iterable[memoryview]]:
-    """All payload files of an artifact; a reader without `files` knows only one image."""
-    files: Callable[[], Iterable[Iterable[memoryview]]] | None = getattr(reader, "files", None)
-    return [reader.payload] if files is None else files()
 
 
 class _Tee:
