@@ -177,12 +177,13 @@ class _Build:
         self.reporter = reporter
         self.output = places.build / recipe.target
         self.keys: Keys = ensure_keys(places.build / "keys")
-        self.state: dict[str, dict[str, Any]] = self._read_state()
+        self.state: dict[str, dict[str, Any]] = {}
         self.debs: dict[str, Path] = {}
         self.lock = Lock(recipe.architecture, ())
 
     def run(self, variants: Sequence[Variant], relock: bool, relock_if_gone: bool) -> TargetImages:
-        """Make everything that is stale, then the manifest."""
+        """Make everything that is stale, then the manifest. The caller holds the lock."""
+        self.state = self._read_state()
         self.lock = self._choose_lock(relock)
         try:
             return self._run(variants)

@@ -147,6 +147,8 @@ class BrownoutUpdater:
                 key=load_private_key(key),
                 compression="zstd",
                 level=ZSTD_LEVEL,
+                # A variant's name may hold characters that no payload file may.
+                file_name="rootfs.img",
             )
             temporary.replace(destination)
         except (ArtifactError, OSError) as error:

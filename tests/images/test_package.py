@@ -79,7 +79,7 @@ def test_the_client_runs_from_the_package(unpacked: Path) -> None:
     assert launcher.startswith("#!/usr/bin/python3 -sP\n")
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import updater.cli; print(updater.cli.__file__); sys.exit(updater.cli.main())"  # noqa: E501
     library = unpacked / "usr/lib/python3/dist-packages"
-    done = run(sys.executable, "-I", "-c", code, library, "status", check=False)
+    done = run(sys.executable, "-IB", "-c", code, library, "status", check=False)
     assert done.stdout.startswith(str(library))
     assert done.returncode == 1
     assert "updater.toml: cannot read the configuration" in done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,26 @@ def test_a_backup_of_a_running_server_is_restored_whole(tmp_path: Path, artifact
     (listed,) = core.store.folder.glob("*.mender")
     assert listed.read_bytes() == artifact_v2.read_bytes()
     core.database.close()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "artifacts/../../outside"])
+def test_a_backup_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(ServerError, match="no plain file below"):
+        restore(tmp_path / "evil.tar", tmp_path / "deep" / "new", silent)
+    assert not list(tmp_path.rglob("outside"))
+
+
+def test_a_backup_with_a_link_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        member = tarfile.TarInfo("server.db")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(ServerError, match="no plain file below"):
+        restore(tmp_path / "evil.tar", tmp_path / "new", silent)
 
 
 def test_a_restore_overwrites_nothing_and_a_bad_backup_leaves_nothing(tmp_path: Path) -> None:

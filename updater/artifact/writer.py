@@ -71,6 +71,8 @@ class _File(NamedTuple):
     path: Path
     size: int
     sha256: str
+    name: str
+    """What it is called in the artifact."""
 
 
 def write_artifact(
@@ -90,6 +92,7 @@ def write_artifact(
     software: Software | None = DEFAULT_SOFTWARE,
     checksum_key: str | None = "rootfs-image.checksum",
     scripts: Sequence[Path | str] = (),
+    file_name: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write the root file system `image` as the artifact `name` to `output`.
@@ -111,6 +114,7 @@ def write_artifact(
         software: the version key; None for none.
         checksum_key: what the image's SHA-256 is provided as; None for nothing.
         scripts: files named `State_Action_NN[_text]`.
+        file_name: what the image is called in the artifact; its own name unless given.
         progress: called with the number of bytes read since the last call; each payload byte is
             read twice.
 
@@ -120,6 +124,7 @@ def write_artifact(
     image = Path(image)
     with _readable_errors(output):
         file = _hash_file(image, progress or _silent)
+        file = file._replace(name=file_name or file.name)
         if file.size == 0:
             raise ArtifactError(f"{image}: empty")
         own: dict[str, str] = {}
@@ -334,7 +339,7 @@ def _write(
     header_name = "header.tar" + SUFFIXES[packing.compression]
     manifest = metadata.format_manifest(
         {
-            **{f"data/0000/{file.path.name}": file.sha256 for file in files},
+            **{f"data/0000/{file.name}": file.sha256 for file in files},
             header_name: hashlib.sha256(header).hexdigest(),
             "version": hashlib.sha256(metadata.VERSION).hexdigest(),
         }
@@ -354,10 +359,10 @@ def _write(
 def _check_names(files: Sequence[_File]) -> None:
     seen = set()
     for file in files:
-        metadata.check_file_name(file.path.name, str(file.path))
-        if file.path.name in seen:
-            raise ArtifactError(f"{file.path}: a second file named {file.path.name}")
-        seen.add(file.path.name)
+        metadata.check_file_name(file.name, str(file.path))
+        if file.name in seen:
+            raise ArtifactError(f"{file.path}: a second file named {file.name}")
+        seen.add(file.name)
 
 
 def _scripts(paths: Sequence[Path | str]) -> dict[str, bytes]:
@@ -413,7 +418,7 @@ def _write_data(file: IO[bytes], files: Sequence[_File], packing: Packing) -> No
 
 def _write_file(file: IO[bytes], source: _File, packer: Any, progress: Progress) -> None:
     digest = hashlib.sha256()
-    file.write(packer.compress(tar.header(source.path.name, source.size)))
+    file.write(packer.compress(tar.header(source.name, source.size)))
     with source.path.open("rb") as content:
         for chunk in _exactly(content, source.size, progress):
             digest.update(chunk)
@@ -430,7 +435,7 @@ def _hash_file(path: Path, progress: Progress) -> _File:
         file.seek(0)
         for chunk in _exactly(file, size, progress):
             digest.update(chunk)
-    return _File(path, size, digest.hexdigest())
+    return _File(path, size, digest.hexdigest(), path.name)
 
 
 def _exactly(file: IO[bytes], size: int, progress: Progress) -> Iterator[bytes]:
