@@ -30,7 +30,7 @@ from framework.targets.rig import load_rig
 from framework.targets.uut import BrownoutUpdater
 from images import build_target
 
-BURST = "dd if=/dev/zero of=/data/burst bs=64k count=200 conv=fsync 2>/dev/null"
+BURST = "dd if=/dev/zero of=/data/burst bs=64k count=400 conv=fsync 2>/dev/null"
 MARKER = b"BROWNOUT READY"
 TIMEOUT_S = 120.0
 
@@ -93,7 +93,7 @@ def one_round(
     recorded = Path(f"/proc/{machine.pid}/cmdline").read_text().rstrip("\0").split("\0")
     # QEMU comes after the wrapper that ties it to this process.
     recorded = recorded[next(i for i, word in enumerate(recorded) if "qemu-system" in word) :]
-    machine.arm_cut(Trigger.operation(4 + number), "subset", number)
+    machine.arm_cut(Trigger.operation(3 + number % 4), "subset", number)
     try:
         strategy.run(BURST, TIMEOUT_S)
     except ConsoleLost:
