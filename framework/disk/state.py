@@ -1,7 +1,7 @@
 """What the journal's records mean for a disk: operations, epochs, decisions and their effect.
 
 Pure functions over plain arrays, used alike by the live recorder, the journal's reader and
-whoever enumerates crash states. The rules (CRASH.md, DESIGN.md §3):
+whoever enumerates crash states. The rules:
 
 * mutating operations (write, flush, discard, write-zeroes) are numbered from 1 over all devices,
   in the order of arrival; the device applies them in the order of completion;
