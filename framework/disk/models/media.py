@@ -9,8 +9,8 @@ Sources, each only as far as it goes:
   specified anywhere: `window` is an assumption, and a parameter.
 * eMMC: JESD84-B51 6.6.10 (a reliable write leaves the old or the new data at a sector boundary;
   Linux uses one for REQ_FUA) and its erase groups; that an interrupted ordinary write can lose
-  what shares the erase unit is reported from the field and has a mechanism (copying garbage collection without
-  power-loss protection), no promise of a standard: `erase_unit` is a parameter.
+  what shares the erase unit is reported from the field and has a mechanism (garbage collection that
+  copies, without power-loss protection), no promise of a standard: `erase_unit` is a parameter.
 * Discard: ATA's and NVMe's "deterministic read after trim" are optional; without them a discarded
   block may read as before, as zeros or as anything (NVMe Base Specification, Dataset Management,
   DLFEAT; ACS-4, DATA SET MANAGEMENT). Write-zeroes has no such freedom: it is a write of zeros.
