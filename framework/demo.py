@@ -29,6 +29,7 @@ from images import ImageError, build_target
 DEMO_VARIANTS = ("v1", "v2")
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
+LEAST_FREE_BYTES = 1 << 20
 PYTEST_PASSED = 0
 PYTEST_FAILED = 1
 PYTEST_NO_TESTS = 5
@@ -65,6 +66,8 @@ def run_demo(rig: Path, output: Path, workers: int, console: Console) -> bool:
     exit_code = _run_scenarios(rig, output, store, workers, console)
     results = store.read_all()
     if exit_code not in (PYTEST_PASSED, PYTEST_FAILED) or not results:
+        if shutil.disk_usage(output).free < LEAST_FREE_BYTES:
+            raise DemoError(f"{output}: the disk is full; free some space or choose --output")
         raise DemoError(
             f"the scenarios could not run (pytest exit code {exit_code}); see {_log(output)}"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from images.recipe import (
     recipe_text,
 )
 from images.store import (
+    TEMPORARY,
     copy_sparse,
     exclusive,
     hash_inputs,
@@ -140,9 +142,20 @@ def build_target(
     wanted = [parse_variant(recipe, name) for name in dict.fromkeys((BASE_VARIANT, *variants))]
     build = _Build(recipe, places or Places(), Reporter(progress))
     output = build.output
-    with exclusive(output / ".lock", f"building {target}"):
-        sweep(output)
-        return build.run(wanted, relock, relock_if_gone)
+    try:
+        with exclusive(output / ".lock", f"building {target}"):
+            sweep(output)
+            return build.run(wanted, relock, relock_if_gone)
+    except OSError as error:
+        raise ImageError(f"{target} can't be built: {_one_line(error)}") from error
+
+
+def _one_line(error: OSError) -> str:
+    """What the operating system said; of a tree whose copying failed in many places, the first."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        first, *more = error.args[0]
+        return f"{first[2]} (and {len(more)} more like it)"
+    return str(error)
 
 
 def relock_architecture(architecture: str, cache: Path, destination: Path) -> Lock:
@@ -339,13 +352,14 @@ class _Build:
     def _base_tree(self) -> Path:
         """The cached base tree, built if need be."""
         place = self.places.cache / "trees" / self._base_key()
-        if place.is_dir():
+        unfinished = any(place.parent.glob(f"*{TEMPORARY}*"))
+        if place.is_dir() and not unfinished:
             os.utime(place)
             return place
         with exclusive(self.places.cache / "trees.lock", "building a base tree"):
+            sweep(place.parent)  # of a build killed right after its rename, too
             if place.is_dir():
                 return place
-            sweep(place.parent)
             self._fetch()
             with temporary_directory(place.parent) as scratch:
                 debs = {name: self.deb(name) for name in self.recipe.packages}

@@ -179,6 +179,16 @@ def test_builds_killed_at_any_moment_leave_nothing_broken(
     assert left == []
 
 
+def test_what_a_build_left_that_was_killed_after_its_last_rename_is_swept(
+    built: Callable[..., TargetImages], places: Places
+) -> None:
+    built("qemu-arm64")
+    left = places.cache / "trees" / f"work{TEMPORARY}left"
+    left.mkdir()
+    build_target("qemu-arm64", ["v1+never-fsync"], places=places)
+    assert not left.exists()
+
+
 def test_two_builds_at_once_agree(
     built: Callable[..., TargetImages], places: Places, tmp_path: Path
 ) -> None:

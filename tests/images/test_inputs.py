@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -202,3 +203,31 @@ def test_the_list_names_targets_variants_and_bugs(capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     for word in ("qemu-arm64:", "qemu-x86_64:", "panics", "never-fsync", "single-env"):
         assert word in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_short_line(small_disk: Path) -> None:
+    """Copying a tree fails in a thousand files at once: the first says enough."""
+    command = [sys.executable, "-m", "images", "build", "qemu-arm64"]
+    done = subprocess.run(
+        [*command, "--build-dir", small_disk / "build"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("images: error: qemu-arm64 can't be built: ")
+    assert "No space left on device" in last
+    assert len(last) < 1000
+    assert [p.name for p in (small_disk / "build/qemu-arm64").iterdir()] == [".lock"]
