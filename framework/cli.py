@@ -183,7 +183,7 @@ def record(
     type=click.Choice(JUDGES),
     default=("static", "data"),
     show_default=True,
-    help="repeatable; uboot and coldboot run machines",
+    help="repeatable; mount, uboot and coldboot run machines",
 )
 @click.option(
     "--data-checks",
@@ -192,6 +192,7 @@ def record(
     show_default=True,
     help="most distinct data partitions that are checked",
 )
+@click.option("--mounts", type=click.IntRange(0), default=100, show_default=True)
 @click.option("--decisions", type=click.IntRange(0), default=200, show_default=True)
 @click.option("--cold-boots", type=click.IntRange(0), default=20, show_default=True)
 @click.option(
@@ -238,6 +239,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
     seed: int,
     judges: tuple[str, ...],
     data_checks: int,
+    mounts: int,
     decisions: int,
     cold_boots: int,
     deep: int,
@@ -263,7 +265,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
         samples,
         seed,
         judges,
-        Bounds(data_checks, decisions, cold_boots, deep=deep),
+        Bounds(data_checks, mounts, decisions, cold_boots, deep=deep),
         plain,
         accepted,
     )

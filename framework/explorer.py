@@ -53,7 +53,7 @@ from framework.targets.qemu import RecordedQEMUDriver
 from framework.targets.rig import load_rig
 from framework.targets.uut import BrownoutUpdater
 
-JUDGES: Final = ("static", "data", "uboot", "coldboot")
+JUDGES: Final = ("static", "data", "mount", "uboot", "coldboot")
 DISHONEST: Final = ("lying", "sd")
 """Models of devices that have less on the medium than they say, whatever a system does: what they
 do is told, and held against nobody."""
@@ -264,7 +264,7 @@ def _explore_one(
     began = time.monotonic()
     facts = recording.facts
     context = Context.of(recording.reader, facts)
-    boots = {"uboot", "coldboot"} & set(wish.judges) or wish.bounds.deep
+    boots = {"mount", "uboot", "coldboot"} & set(wish.judges) or wish.bounds.deep
     machine = machine_of(facts, rig) if boots else None
     judges = set(wish.judges)
     if facts.get("bootloader") != "uboot":
@@ -282,7 +282,7 @@ def _explore_one(
                     models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
                 )
             honest = models[0].name not in DISHONEST
-            bounds = wish.bounds if honest else evolve(wish.bounds, cold_boots=0, deep=0)
+            bounds = wish.bounds if honest else evolve(wish.bounds, mounts=0, cold_boots=0, deep=0)
             found = examiner.examine(exploration, judges, bounds)
             runs.append(Run(honest, found, str(facts.get("rig", ""))))
     bundles = _leave_bundles(recording, runs, folder)

@@ -15,6 +15,14 @@ from collections.abc import Mapping
 
 from images.errors import RecipeError
 
+COPY_DISTANCE = 4 << 20
+"""Bytes between the copies of the boot variables, and before the first: each begins such a unit.
+
+An interrupted write can cost a whole erase unit of the medium, so no unit may hold two copies, or a
+copy and something else that is needed. A card of up to 32 GB has allocation units of at most 4 MiB
+(SD Physical Layer Specification, AU_SIZE); an eMMC's erase groups are a multiple of 512 KiB
+(JEDEC JESD84, HC_ERASE_GRP_SIZE), up to 4 MiB on usual parts."""
+
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from images import uboot
-from images.bootenv import encode_environment, encode_grubenv, parse_script
+from images.bootenv import COPY_DISTANCE, encode_environment, encode_grubenv, parse_script
 from images.errors import RecipeError
 from images.ext4 import MIB, make_ext4
 from images.gpt import BIOS_BOOT, SECTOR, Partition
@@ -29,7 +29,7 @@ from images.tree import normalise
 from images.uboot_sd import CARD_NAME, SdUBoot, card_partition, is_separate, locked_inputs
 
 BOOT_DIR = HERE / "boot"
-_FIRST_OFFSET = MIB
+_CORE_END = MIB
 _END = MIB  # room for the backup partition table
 
 _GRUB_MODULES = Path("usr/lib/grub/i386-pc")
@@ -97,22 +97,30 @@ class Bootloader(Protocol):
 
 
 def layout(recipe: Recipe) -> Layout:
-    """The partitions of a target: boot, two slots, data."""
-    first = "boot" if recipe.bootloader == "grub" else "bootenv"
+    """The partitions of a target: the boot variables' two copies, two slots, data.
+
+    The copies lie `COPY_DISTANCE` apart and from everything else: in one partition (U-Boot) or in
+    one each (GRUB).
+    """
+    grub = recipe.bootloader == "grub"
+    first = ("boot", COPY_DISTANCE) if grub else ("bootenv", 2 * COPY_DISTANCE)
     sizes = (
-        (first, recipe.boot_mib),
-        ("rootfs-a", recipe.slot_mib),
-        ("rootfs-b", recipe.slot_mib),
-        ("data", recipe.data_mib),
+        first,
+        ("rootfs-a", recipe.slot_mib * MIB),
+        ("rootfs-b", recipe.slot_mib * MIB),
+        ("data", recipe.data_mib * MIB),
     )
     partitions = []
-    offset = _FIRST_OFFSET
-    for number, (name, size_mib) in enumerate(sizes, 1):
-        partitions.append(Partition(name, number, offset, size_mib * MIB))
-        offset += size_mib * MIB
-    if recipe.bootloader == "grub":
+    offset = COPY_DISTANCE
+    for number, (name, size) in enumerate(sizes, 1):
+        partitions.append(Partition(name, number, offset, size))
+        offset += size
+        if grub and number == 1:
+            partitions.append(Partition("boot-2", 6, offset, COPY_DISTANCE))
+            offset += COPY_DISTANCE
+    if grub:
         start = Grub.CORE_SECTOR * SECTOR
-        partitions.append(Partition("grub-core", 5, start, _FIRST_OFFSET - start, BIOS_BOOT))
+        partitions.append(Partition("grub-core", 5, start, _CORE_END - start, BIOS_BOOT))
     if _on_card(recipe) and is_separate(recipe):
         partitions = partitions[1:]
     return Layout(tuple(partitions))
@@ -154,7 +162,7 @@ class UBoot:
     SEED_SIZE = 64 * MIB
     SEED_ENVIRONMENT = 0x40000
     COPY_SIZE = 0x4000
-    COPIES = (MIB, MIB + 0x40000)
+    COPIES = (COPY_DISTANCE, 2 * COPY_DISTANCE)
 
     def _copies(self, single_env: bool) -> tuple[int, int]:
         return (self.COPIES[0],) * 2 if single_env else self.COPIES
@@ -254,8 +262,10 @@ class Grub:
     """
 
     CORE_SECTOR = 34
-    COPIES = ("mender_grubenv1", "mender_grubenv2")
+    COPIES = (("boot", 1), ("boot-2", 6))
+    """The copies' partitions, by name and number: a file system for each of them."""
     BLOCK_SIZE = 1024
+    COPY_SIZE = MIB
     MODULES = (
         "biosdisk",
         "part_gpt",
@@ -300,7 +310,7 @@ class Grub:
             image = bytearray(path.read_bytes())
             image += bytes(-len(image) % SECTOR)
             sectors = len(image) // SECTOR
-            if self.CORE_SECTOR + sectors > _FIRST_OFFSET // SECTOR:
+            if self.CORE_SECTOR + sectors > _CORE_END // SECTOR:
                 raise RecipeError(f"GRUB's core.img has {sectors} sectors, too many for its place")
             entry = (self.CORE_SECTOR + 1, sectors - 1, _CORE_SEGMENT)
             struct.pack_into("<QHH", image, SECTOR - 12, *entry)
@@ -326,8 +336,8 @@ class Grub:
     def _script_values(self, context: Context) -> Mapping[str, str]:
         recipe = context.recipe
         return {
-            "COPY_1": self.COPIES[0],
-            "COPY_2": self.COPIES[0 if context.single_env else 1],
+            "COPY_1": f"(hd0,gpt{self.COPIES[0][1]})",
+            "COPY_2": f"(hd0,gpt{self.COPIES[0 if context.single_env else 1][1]})",
             "CONSOLE": recipe.console,
             "DEVICE": recipe.device,
             "KERNEL_ARGUMENTS": recipe.kernel_arguments,
@@ -344,25 +354,24 @@ class Grub:
     def install(
         self, context: Context, descriptor: int, partitions: Mapping[str, Partition]
     ) -> None:
-        """core.img, and the boot partition with both copies of the variables.
-
-        That partition's file system has one inode per block: a torn write of one inode can't take
-        the other copy's with it.
-        """
+        """core.img, and the variables' copies."""
         core = (context.scratch / self._core_name(context)).read_bytes()
         os.pwrite(descriptor, core, self.CORE_SECTOR * SECTOR)
         with temporary_directory(context.scratch) as scratch:
-            image = self.boot_partition(context.recipe, scratch, settled=True)
-            copy_sparse(image, descriptor, partitions["boot"].offset)
+            image = self.copy_partition(context.recipe, scratch, settled=True)
+            for name, _ in self.COPIES:
+                copy_sparse(image, descriptor, partitions[name].offset)
 
-    def boot_partition(self, recipe: Recipe, scratch: Path, *, settled: bool) -> Path:
-        """Make the first partition's image below `scratch`; `settled`: its locks are closed."""
+    def copy_partition(self, recipe: Recipe, scratch: Path, *, settled: bool) -> Path:
+        """Make the file system of a copy below `scratch`; `settled`: its lock is closed.
+
+        Every file has a block of the inode table to itself. There is no journal, so that what
+        fsync put into a file is where GRUB looks for it.
+        """
         tree = scratch / "boot"
-        for copy in self.COPIES:
-            (tree / copy).mkdir(parents=True)
-            (tree / copy / "env").write_bytes(encode_grubenv(INITIAL_VARIABLES))
-            lock = {"editing": "0" if settled else "1"}
-            (tree / copy / "lock").write_bytes(encode_grubenv(lock))
+        tree.mkdir(parents=True)
+        (tree / "env").write_bytes(encode_grubenv(INITIAL_VARIABLES))
+        (tree / "lock").write_bytes(_lock(closed=settled))
         normalise(tree, recipe.timestamp)
         image = scratch / "boot.img"
         make_ext4(
@@ -371,7 +380,7 @@ class Grub:
             label="boot",
             timestamp=recipe.timestamp,
             tree=tree,
-            size=recipe.boot_mib * MIB,
+            size=self.COPY_SIZE,
             block=self.BLOCK_SIZE,
             inode=self.BLOCK_SIZE,
         )
@@ -379,44 +388,34 @@ class Grub:
 
     def template_values(self, recipe: Recipe, single_env: bool) -> Mapping[str, str]:
         """The client's way to the variables."""
-        copies = self.COPIES if not single_env else (self.COPIES[0],) * 2
-        paths = ", ".join(f'"/boot/grub/{copy}/env"' for copy in copies)
-        return {
-            "BOOTENV": f'kind = "grub"\ncopies = [{paths}]',
-            "MOUNT_BOOT": _MOUNT_GRUB.replace("DEVICE", f"{recipe.device}1"),
-        }
+        copies = (1, 1) if single_env else (1, 2)
+        paths = ", ".join(f'"/boot/grub/mender_grubenv{copy}/env"' for copy in copies)
+        script = (BOOT_DIR / "mount-grubenv.sh").read_text(encoding="utf-8")
+        for number, (_, partition) in enumerate(self.COPIES, 1):
+            script = script.replace(f"@DEVICE_{number}@", f"{recipe.device}{partition}")
+        return {"BOOTENV": f'kind = "grub"\ncopies = [{paths}]', "MOUNT_BOOT": script.rstrip()}
 
     def environment(self, recipe: Recipe) -> dict[str, Any]:
-        """Two files of the boot partition."""
-        paths = [f"/{copy}/env" for copy in self.COPIES]
-        return {"kind": "grubenv", "partition": "boot", "paths": paths}
-
-
-# In /etc/init.d/rcS. Only the variables are on that partition, and which slot runs is known, so it
-# can be made anew; the locks come open and are closed last, so that a cut leaves it unsettled.
-_MOUNT_GRUB = """\
-mount_grub() { mount -t ext4 -o noatime,sync DEVICE /boot/grub; }
-if [ "$environment" = 0 ] || ! mount_grub; then
-    echo "BROWNOUT ENV-RESTORED"
-    umount /boot/grub 2> /dev/null
-    cat /usr/lib/brownout/boot.img > DEVICE
-    mount_grub
-    for copy in 1 2; do
-        grub-editenv "/boot/grub/mender_grubenv$copy/env" set \\
-            mender_boot_part=$part mender_boot_part_hex=$part
-    done
-    sync
-    for copy in 1 2; do grub-editenv "/boot/grub/mender_grubenv$copy/lock" set editing=0; done
-    sync
-fi"""
+        """A file in each of two partitions."""
+        copies = [{"partition": name, "path": "/env"} for name, _ in self.COPIES]
+        return {"kind": "grubenv", "copies": copies}
 
 
 def root_files(recipe: Recipe, scratch: Path) -> dict[str, bytes]:
     """What the bootloader needs in the root file system: path and content."""
     if recipe.bootloader != "grub":
         return {}
-    image = Grub().boot_partition(recipe, scratch, settled=False)
-    return {"usr/lib/brownout/boot.img": image.read_bytes()}
+    image = Grub().copy_partition(recipe, scratch, settled=False)
+    return {
+        "usr/lib/brownout/grubenv.img": image.read_bytes(),
+        "usr/lib/brownout/lock-open": _lock(closed=False),
+        "usr/lib/brownout/lock-closed": _lock(closed=True),
+    }
+
+
+def _lock(*, closed: bool) -> bytes:
+    """The block beside a copy that says whether it is being written."""
+    return encode_grubenv({"editing": "0" if closed else "1"})
 
 
 def _tar_with(name: str, content: bytes) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any
 from images import bootloaders
 from images.apt import PrivateApt, fetch
 from images.errors import ImageError, ImageTooLargeError, LockError, PackageGoneError
-from images.ext4 import MIB, fixed_uuid, make_ext4
+from images.ext4 import BLOCK, MIB, backup_superblocks, fixed_uuid, make_ext4
 from images.gpt import Partition, write_gpt
 from images.keys import Keys, ensure_keys
 from images.locks import LOCK_DIR, Lock, LockedPackage, read_lock, write_lock
@@ -57,6 +57,10 @@ REPOSITORY = HERE.parent
 MANIFEST = "manifest.json"
 BASE_VARIANT = "v1"
 _STATE = ".state.json"
+
+# A group of 16 MiB, so that a data partition of 64 MiB has two copies of its superblock, and no
+# erase unit holds two.
+_DATA_GROUP_BLOCKS = 4096
 
 # The modules that decide what bytes come out; a change in another one rebuilds nothing.
 _SHAPING = (
@@ -390,6 +394,8 @@ class _Build:
             "CONSOLE": recipe.console,
             "DEVICE": recipe.device,
             "DATA_DEVICE": f"{recipe.device}4",
+            "DATA_BACKUPS": " ".join(map(str, _data_backups(recipe))),
+            "DATA_BLOCK": str(BLOCK),
             "DEVICE_TYPE": recipe.target,
             **bootloaders.for_recipe(recipe).template_values(recipe, variant.single_env),
         }
@@ -438,6 +444,7 @@ class _Build:
             timestamp=recipe.timestamp,
             size=by_name["data"].size,
             journal=True,
+            group_blocks=_DATA_GROUP_BLOCKS,
         )
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
@@ -518,6 +525,7 @@ class _Build:
                     for disk, p in bootloaders.other_partitions(recipe)
                 ],
                 "env": loader.environment(recipe),
+                "data_repair": {"block": BLOCK, "backups": list(_data_backups(recipe))},
             },
             "slots": {
                 slot: {
@@ -546,6 +554,10 @@ class _Build:
 
     def _write_state(self) -> None:
         write_atomically(self.output / _STATE, json.dumps(self.state, indent=1).encode())
+
+
+def _data_backups(recipe: Recipe) -> tuple[int, ...]:
+    return backup_superblocks(recipe.data_mib * MIB, _DATA_GROUP_BLOCKS)
 
 
 def read_manifest(target: str, build: Path | None = None) -> dict[str, Any]:

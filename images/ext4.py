@@ -36,6 +36,16 @@ def fixed_uuid(name: str) -> uuid.UUID:
     return uuid.uuid5(_NAMESPACE, name)
 
 
+def backup_superblocks(size: int, group_blocks: int, block: int = BLOCK) -> tuple[int, ...]:
+    """Block numbers of the superblock's copies: in group 1 and the powers of 3, 5 and 7.
+
+    That is the feature sparse_super (ext4 disk layout, "Super block"); for blocks over 1 KiB.
+    """
+    groups = -(-(size // block) // group_blocks)
+    powers = {b**n for b in (3, 5, 7) for n in range(groups.bit_length())}
+    return tuple(group * group_blocks for group in sorted(powers) if group < groups)
+
+
 def _tree_demand(tree: Path, block: int) -> tuple[int, int]:
     """(blocks, inodes) that the content of `tree` takes."""
     blocks = inodes = 0
@@ -65,6 +75,7 @@ def make_ext4(
     journal: bool = False,
     block: int = BLOCK,
     inode: int = 256,
+    group_blocks: int | None = None,
 ) -> int:
     """Make an ext4 image.
 
@@ -79,6 +90,7 @@ def make_ext4(
         journal: a read-write file system wants one, a read-only one doesn't.
         block: bytes of a block.
         inode: bytes of an inode.
+        group_blocks: blocks of a block group; by default as many as fit.
 
     Returns:
         The image's size in bytes.
@@ -103,6 +115,8 @@ def make_ext4(
     command: list[str | Path] = ["mke2fs", "-q", "-F", "-t", "ext4", "-O", features]
     command += ["-b", str(block), "-I", str(inode), "-m", "0", "-N", str(inode_count)]
     command += ["-U", str(identity), "-L", label]
+    if group_blocks is not None:
+        command += ["-g", str(group_blocks)]
     command += ["-E", f"hash_seed={identity},root_owner=0:0,lazy_itable_init=0,nodiscard"]
     if tree is not None:
         command += ["-d", tree]

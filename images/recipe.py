@@ -44,7 +44,6 @@ class Recipe:
         applets: busybox commands that get a link.
         overlays: folders of `images/overlays` laid over the tree, in order.
         drop: glob patterns removed from the unpacked packages.
-        boot_mib: size of the first partition.
         slot_mib: size of each slot.
         data_mib: size of the data partition.
         filler_mib: incompressible bytes per variant, so that versions differ.
@@ -69,7 +68,6 @@ class Recipe:
     applets: tuple[str, ...]
     overlays: tuple[str, ...]
     drop: tuple[str, ...]
-    boot_mib: int
     slot_mib: int
     data_mib: int
     filler_mib: int
@@ -140,7 +138,6 @@ def load_recipe(target: str) -> Recipe:
             applets=tuple(tree["applets"]),
             overlays=tuple(tree["overlays"]),
             drop=tuple(tree["drop"]) + tuple(tree.get("drop_extra", ())),
-            boot_mib=int(disk["boot_mib"]),
             slot_mib=int(disk["slot_mib"]),
             data_mib=int(disk["data_mib"]),
             filler_mib=int(tree["filler_mib"]),

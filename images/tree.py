@@ -27,7 +27,8 @@ from images.recipe import HERE, OVERLAY_DIR, PLANTED_DIR, Recipe, Variant
 _DIRECTORIES = (
     "bin",
     "boot",
-    "boot/grub",
+    "boot/grub/mender_grubenv1",
+    "boot/grub/mender_grubenv2",
     "data",
     "dev",
     "etc",

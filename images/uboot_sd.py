@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from images import uboot
-from images.bootenv import encode_environment
+from images.bootenv import COPY_DISTANCE, encode_environment
 from images.errors import RecipeError
 from images.ext4 import MIB, fixed_uuid
 from images.gpt import Partition, write_gpt
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from images.bootloaders import Context
 
 COPY_SIZE = 0x4000
-COPIES = (MIB, MIB + 0x40000)
-"""Where the copies are; the same numbers stand in U-Boot's configuration."""
+COPIES = (COPY_DISTANCE, 2 * COPY_DISTANCE)
+"""Where the copies are; the same numbers stand in U-Boot's configuration and its script."""
 
 CARD_SIZE = 64 * MIB
 CARD_NAME = "mmc0"
@@ -41,7 +41,7 @@ def is_separate(recipe: Recipe) -> bool:
 
 def card_partition() -> Partition:
     """The partition around both copies."""
-    return Partition("bootenv", 1, COPIES[0], MIB)
+    return Partition("bootenv", 1, COPIES[0], 2 * COPY_DISTANCE)
 
 
 class SdUBoot:

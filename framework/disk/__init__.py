@@ -13,7 +13,7 @@ from framework.disk.errors import (
     RecorderError,
     UnreadableSectorError,
 )
-from framework.disk.ext4check import Ext4Check, Ext4Image, check_ext4
+from framework.disk.ext4check import Ext4Check, Ext4Image, Repair, check_ext4
 from framework.disk.files import FileSystem, open_file_system
 from framework.disk.gpt import Partition, PartitionTable, read_gpt
 from framework.disk.grubenv import (
@@ -94,6 +94,7 @@ __all__ = [
     "Recorder",
     "RecorderError",
     "ReorderedCache",
+    "Repair",
     "SdCard",
     "StartState",
     "TornPage",

@@ -1,9 +1,12 @@
 """What Linux finds on an ext4 partition after a cut: journal replayed, checked, files read.
 
-The partition is exported to a temporary file. `e2fsck -fp` replays the journal and repairs only
-what a mount would put right as well (orphaned inodes, summary counters); anything beyond that
-makes it give up, which is the verdict *not clean*. `e2fsck -fn` then has to find nothing. Source:
-e2fsck(8), its exit codes; e2fsprogs has to be installed.
+The partition is exported to a temporary file, and what the device does to it at its start is done
+to that. Of a device that only mounts it: `e2fsck -fp` replays the journal and repairs what a mount
+would put right as well (orphaned inodes, summary counters); anything beyond that makes it give up,
+which is the verdict *not clean*. A device that mends the partition first (`Repair`) runs e2fsck
+itself, so the same commands are run here. `e2fsck -fn` then has to find nothing. Source: e2fsck(8),
+its exit codes; e2fsprogs has to be installed. A sector that can't be read is zeros here, where the
+device gets an I/O error: what becomes of that, only a boot shows.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from framework.disk.files import ExtReader
 from framework.disk.lazy import LazyDisk, read_exact
 
 _TIMEOUT_S: Final = 120.0
-_CORRECTED: Final = 1
-_REBOOT: Final = 2
+_LEFT_UNCORRECTED: Final = 4
+_FAILED: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,12 +36,33 @@ class Ext4Check:
 
     `replayed`: its journal had something to replay. `output`: e2fsck's words, for people.
     `files`: the content of the files asked for, None for one that is missing or unreadable.
+    `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
+    many ranges can't be read.
     """
 
     clean: bool
     replayed: bool
     output: str
     files: Mapping[str, bytes | None]
+    mended: bool = False
+    unreadable: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Repair:
+    """How a device mends its data partition before it mounts it.
+
+    `e2fsck -p`, as every distribution does; if that leaves something, `e2fsck -y`; if that fails,
+    which it does without a superblock that can be read, the file system's first block is written
+    with zeros, and `e2fsck -y` begins with a copy of the superblock.
+
+    Attributes:
+        block_bytes: the file system's block size.
+        backups: block numbers of the superblock's copies, in the order in which they are tried.
+    """
+
+    block_bytes: int
+    backups: tuple[int, ...]
 
 
 class _ImageFile:
@@ -92,17 +116,35 @@ class Ext4Image:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
-    def recover(self) -> tuple[bool, bool, str]:
-        """Replay the journal and check: (clean, replayed, output).
+    def recover(self, repair: Repair | None = None) -> tuple[bool, bool, str, bool]:
+        """Do what the device does, and check: (clean, replayed, output, mended).
 
         Raises DiskError if e2fsck is missing or does not end.
         """
-        code, first = _e2fsck("-fp", self.path)
-        replayed = "recovering journal" in first
-        if code & ~(_CORRECTED | _REBOOT):
-            return False, replayed, first
-        code, second = _e2fsck("-fn", self.path)
-        return code == 0, replayed, first + second
+        code, words = _e2fsck(self.path, "-fp" if repair is None else "-p")
+        replayed = "recovering journal" in words
+        mended = repair is not None and code >= _LEFT_UNCORRECTED
+        if repair is not None and mended:
+            code, more = self._mend(repair)
+            words += more
+        if code >= _LEFT_UNCORRECTED:
+            return False, replayed, words, mended
+        code, more = _e2fsck(self.path, "-fn")
+        return code == 0, replayed, words + more, mended
+
+    def _mend(self, repair: Repair) -> tuple[int, str]:
+        code, words = _e2fsck(self.path, "-y")
+        for backup in repair.backups if code >= _LEFT_UNCORRECTED else ():
+            where = ("-b", str(backup), "-B", str(repair.block_bytes))
+            if _e2fsck(self.path, "-n", *where)[0] >= _FAILED:
+                continue
+            with self.path.open("r+b") as file:
+                file.write(bytes(repair.block_bytes))
+            code, more = _e2fsck(self.path, "-y", *where)
+            words += more
+            if code < _LEFT_UNCORRECTED:
+                break
+        return code, words
 
     def read_file(self, path: str) -> bytes:
         """A file's content as it is now; raises LayoutError if it is missing or damaged."""
@@ -121,13 +163,21 @@ class Ext4Image:
             source.close()
 
 
-def check_ext4(disk: LazyDisk, offset: int, length: int, *, read: Sequence[str] = ()) -> Ext4Check:
-    """Check a partition as a mount would find it, and read files of it afterwards.
+def check_ext4(
+    disk: LazyDisk,
+    offset: int,
+    length: int,
+    *,
+    read: Sequence[str] = (),
+    repair: Repair | None = None,
+) -> Ext4Check:
+    """Check a partition as a device's start leaves it, and read files of it afterwards.
 
-    Raises DiskError if e2fsck is missing or does not end, or there is no room for the export.
+    `repair`: what the device does to it before it mounts it. Raises DiskError if e2fsck is missing
+    or does not end, or there is no room for the export.
     """
     with Ext4Image(disk, offset, length) as image:
-        clean, replayed, output = image.recover()
+        clean, replayed, output, mended = image.recover(repair)
         files: dict[str, bytes | None] = {}
         for path in read:
             try:
@@ -137,13 +187,13 @@ def check_ext4(disk: LazyDisk, offset: int, length: int, *, read: Sequence[str] 
         holes = disk.unreadable(offset, length)
         if holes:
             output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
-        return Ext4Check(clean, replayed, output, files)
+        return Ext4Check(clean, replayed, output, files, mended, len(holes))
 
 
-def _e2fsck(mode: str, path: Path) -> tuple[int, str]:
+def _e2fsck(path: Path, *options: str) -> tuple[int, str]:
     try:
         done = subprocess.run(
-            ["e2fsck", mode, str(path)],
+            ["e2fsck", *options, str(path)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -158,5 +208,5 @@ def _e2fsck(mode: str, path: Path) -> tuple[int, str]:
     except FileNotFoundError as error:
         raise DiskError("e2fsck is not installed: install the package e2fsprogs") from error
     except subprocess.TimeoutExpired as error:
-        raise DiskError(f"e2fsck {mode} did not end within {_TIMEOUT_S:g} s") from error
+        raise DiskError(f"e2fsck {options[0]} did not end within {_TIMEOUT_S:g} s") from error
     return done.returncode, done.stdout.decode(errors="replace")

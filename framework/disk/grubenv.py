@@ -2,9 +2,9 @@
 
 It begins with a signature line, then `name=value` lines (a backslash escapes a backslash or a
 newline), the rest is filled with `#`. There is no checksum: a torn block can look valid, which is
-why our x86 target keeps two copies and a lock file in each's directory (as grub-mender-grubenv
-does: `editing=1` in the lock while the copy beside it is being written). Source: the GRUB manual,
-"Environment block", and grub-editenv's output in our tests.
+why our x86 target keeps two copies, each with a lock file beside it (as grub-mender-grubenv does:
+`editing=1` in the lock while the copy is being written), in a file system of its own. Source: the
+GRUB manual, "Environment block", and grub-editenv's output in our tests.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class GrubEnvironments:
     copies: tuple[GrubEnvironment, ...]
     locks: tuple[GrubEnvironment, ...]
     current: int | None
-    """Index of the first copy that is valid and not being edited, None if there is none."""
+    """Index of the first copy that is valid and settled, None if there is none."""
 
     @property
     def valid_copies(self) -> int:
-        """How many copies are valid and not being edited."""
+        """How many copies are valid and settled."""
         return sum(_usable(c, lock) for c, lock in zip(self.copies, self.locks, strict=True))
 
     @property
@@ -87,7 +87,7 @@ def parse_grub_environments(
 ) -> GrubEnvironments:
     """Parse the copies and their lock blocks and choose as our GRUB script does: see `current`.
 
-    Without `locks` no copy is taken for being edited.
+    A copy is settled if its lock can be read and says `editing=0`; without `locks` every copy is.
     """
     parsed = tuple(parse_grub_environment(data) for data in copies)
     if locks is None:
@@ -101,20 +101,23 @@ def parse_grub_environments(
 
 
 def read_grub_environments(
-    disk: LazyDisk, offset: int, length: int, paths: Sequence[str]
+    places: Sequence[tuple[LazyDisk, int, int, str]],
 ) -> GrubEnvironments:
-    """Read the copies at `paths`, and the `lock` beside each, from a partition's file system.
+    """Read copies, each at (disk, offset and length of a partition, path in its file system).
 
-    The file system is read as GRUB does: without replaying a journal. A missing or damaged file
-    is an invalid copy, a file system that can't be read at all makes every copy invalid.
+    The `lock` beside each is read as well, unless there is one copy only. A file system is read as
+    GRUB does: without replaying a journal. A missing or damaged file, or a file system that can't
+    be read at all, is an invalid copy.
     """
-    try:
-        files: FileSystem | None = open_file_system(disk, offset, length)
-    except DiskError:  # no file system, or its head can't be read
-        files = None
-    copies = [_read(files, path) for path in paths]
-    locks = [_read(files, str(PurePosixPath(path).with_name("lock"))) for path in paths]
-    return parse_grub_environments(copies, locks)
+    copies, locks = [], []
+    for disk, offset, length, path in places:
+        try:
+            files: FileSystem | None = open_file_system(disk, offset, length)
+        except DiskError:  # no file system, or its head can't be read
+            files = None
+        copies.append(_read(files, path))
+        locks.append(_read(files, str(PurePosixPath(path).with_name("lock"))))
+    return parse_grub_environments(copies, locks if len(places) > 1 else None)
 
 
 def _read(files: FileSystem | None, path: str) -> bytes | None:
@@ -127,5 +130,4 @@ def _read(files: FileSystem | None, path: str) -> bytes | None:
 
 
 def _usable(copy: GrubEnvironment, lock: GrubEnvironment) -> bool:
-    """A lock that can't be read leaves `editing` unset in GRUB: not being edited."""
-    return copy.valid and lock.variables.get("editing") != "1"
+    return copy.valid and lock.variables.get("editing") == "0"

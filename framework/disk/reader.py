@@ -320,6 +320,11 @@ class JournalReader:
         sizes = tuple(d.size_bytes for d in self.header.devices)
         return index, PowerCycle(self.operations.part(first, last), self.devices, sizes)
 
+    def initial(self) -> dict[str, LazyDisk]:
+        """All disks as they were when the journal began."""
+        maps = zip(self.devices, self.power_on(0), strict=True)
+        return {name: self._disk(name, sectors.copy()) for name, sectors in maps}
+
     def disks_of(self, decision: Decision, operation: int) -> dict[str, LazyDisk]:
         """All disks after a power failure that followed `operation` and did what `decision` says.
 

@@ -97,7 +97,11 @@ def _store(store: Store) -> dict[str, Any]:
             "redundant": store.redundant,
         }
     if isinstance(store, GrubStore):
-        return {"kind": "grub", "partition": _range(store.partition), "paths": list(store.paths)}
+        return {
+            "kind": "grub",
+            "partitions": [_range(part) for part in store.partitions],
+            "paths": list(store.paths),
+        }
     raise LayoutMistakeError(f"a {type(store).__name__} can't be kept in a recording")
 
 
@@ -107,7 +111,8 @@ def _read_store(values: Mapping[str, Any]) -> Store:
         return UbootStore(copies, values["redundant"])
     if values["kind"] == "grub":
         paths = tuple(str(path) for path in values["paths"])
-        return GrubStore(_read_range(values["partition"]), paths)
+        parts = values["partitions"] if "partitions" in values else [values["partition"]]
+        return GrubStore(tuple(_read_range(part) for part in parts), paths)
     raise ValueError(f"store {values['kind']!r}")
 
 

@@ -2,6 +2,7 @@
 
     recording -> engine (states, classes) -> static oracle: every class in every phase
                                           -> data judge: every distinct data partition
+                                          -> mount judge: some of them, on a real kernel
                                           -> bootloader and cold boots: representatives and
                                              control samples, up to a bound
                                           -> depth two: what a recovery writes, cut again
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Final, Protocol, TypeVar
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from framework.disk import CacheModel
 from framework.explore.deep import DeepResult, cut_again
@@ -27,12 +28,13 @@ from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
+from framework.explore.judges.mount import Mounted, MountJudge
 from framework.explore.judges.static import StaticOracle, with_finding
 from framework.explore.layout import Role
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
 from framework.targets.machine import Machine
-from framework.verdict import Event, InstallEnded, Verdict
+from framework.verdict import DataChecked, Event, InstallEnded, Verdict
 from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 
 WORKERS: Final = 2
@@ -98,7 +100,7 @@ class Examination:
 
     exploration: Exploration
     violations: list[Violation] = field(factory=list)
-    disagreements: list[Booted] = field(factory=list)
+    disagreements: list[Booted | Mounted] = field(factory=list)
     boots: list[Booted] = field(factory=list)
     counts: list[JudgeCount] = field(factory=list)
     deep: list[DeepResult] = field(factory=list)
@@ -112,6 +114,7 @@ class Bounds:
 
     Attributes:
         data: most data partitions.
+        mounts: most of those that a real kernel mounts.
         decisions: most bootloader decisions.
         cold_boots: most cold boots.
         controls: share of each that are control samples inside classes, 0 to 1.
@@ -119,6 +122,7 @@ class Bounds:
     """
 
     data: int = 2000
+    mounts: int = 100
     decisions: int = 200
     cold_boots: int = 20
     controls: float = 0.25
@@ -192,6 +196,8 @@ class Examiner:
         if "data" in wanted:
             work.check_data(bounds.data)
         work.judge_statically()
+        if machine is not None and "mount" in wanted:
+            work.mount(MountJudge(context, work.data, machine), bounds.mounts)
         if machine is not None and "uboot" in wanted:
             decider = BootloaderJudge(context, work.oracle, machine, self.ears.boot)
             work.boot(decider, _by_decision(exploration.classes), bounds.decisions, bounds.controls)
@@ -239,6 +245,44 @@ class _Work:
             )
         )
 
+    def mount(self, judge: MountJudge, limit: int) -> None:
+        """Data partitions that were checked: half of the bound for those that needed repair."""
+        began = time.monotonic()
+        distinct = {
+            key: c
+            for c in self.found.exploration.classes
+            if (key := self.data.key(c)) in self.data.checked
+        }
+        chosen = list(distinct.items())
+        random.Random(self.examiner.seed).shuffle(chosen)  # noqa: S311 - no secret
+        plain = [c for key, c in chosen if self.data.checked[key].plain]
+        others = [c for key, c in chosen if not self.data.checked[key].plain]
+        jobs = others[: max(limit // 2, limit - len(plain))]
+        jobs += plain[: limit - len(jobs)]
+        differing = 0
+        with Workplace() as place:
+            results = _each(
+                lambda c: judge.check(c, (*c.samples, c.representative)[0], place),
+                jobs,
+                self.examiner.workers,
+                place.stop,
+            )
+            for done, mounted in enumerate(results, 1):
+                if mounted.disagreement:
+                    differing += 1
+                    self.found.disagreements.append(mounted)
+                self.examiner.progress.judging(judge.name, done, len(jobs))
+        self.found.counts.append(
+            JudgeCount(
+                judge=judge.name,
+                looked_at=len(jobs),
+                of=len(distinct),
+                unit="data partitions, on a real kernel",
+                disagreements=differing,
+                seconds=time.monotonic() - began,
+            )
+        )
+
     def judge_statically(self) -> None:
         """Every class in every phase."""
         began = time.monotonic()
@@ -276,6 +320,8 @@ class _Work:
         """One class in one phase; of a boot only what no cheaper judge said already."""
         span, phase = when
         checked = self.data.seen(crash_class, phase)
+        if booted is not None and booted.data_lost:
+            checked = DataChecked(False, False, "the device could not mount its data partition")
         further: list[Event] = [] if checked is None else [checked]
         if booted is not None and booted.seen is not None:
             further.append(booted.seen)
@@ -367,7 +413,8 @@ class _Work:
                 self.examiner.workers,
                 place.stop,
             )
-            for done, booted in enumerate(results, 1):
+            for done, came in enumerate(results, 1):
+                booted = self._compare_data(came)
                 self.found.boots.append(booted)
                 if booted.disagreement:
                     differing += 1
@@ -387,6 +434,15 @@ class _Work:
                 disagreements=differing,
                 seconds=time.monotonic() - began,
             )
+        )
+
+    def _compare_data(self, booted: Booted) -> Booted:
+        """A system that came up without data that the data judge found sound disagrees with it."""
+        known = self.data.checked.get(self.data.key(booted.crash_class))
+        if not booted.data_lost or booted.disagreement or known is None or not known.clean:
+            return booted
+        return evolve(
+            booted, disagreement="the data judge finds the data partition sound, the device lost it"
         )
 
     def cut_again(self, judge: ColdBootJudge, classes: Sequence[CrashClass]) -> None:

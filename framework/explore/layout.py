@@ -184,26 +184,42 @@ class UbootStore:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GrubStore:
-    """GRUB's environment blocks: files at `paths` of a partition's file system (FAT or ext).
+    """GRUB's environment blocks: a file at each of `paths`, in the file system of its partition.
 
-    One path is the single grubenv; of two the first that is valid and not being edited counts (a
-    `lock` beside it says so, as grub-mender-grubenv keeps it). The region is the whole partition:
-    a torn directory loses the files as a torn file does.
+    The file systems are FAT or ext, `partitions` one for each path or the same for all. One path
+    is the single grubenv; of two the first that is valid and settled counts (a `lock` beside it
+    says so, as grub-mender-grubenv keeps it). A partition is a region as a whole: a torn directory
+    loses a file as a torn file does.
     """
 
-    partition: Range
+    partitions: tuple[Range, ...]
     paths: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.paths or len(self.partitions) not in (1, len(self.paths)):
+            raise LayoutMistakeError(
+                f"{len(self.paths)} environment blocks in {len(self.partitions)} partitions"
+            )
+
     def regions(self) -> tuple[Region, ...]:
-        """One region, `grubenv`: the partition."""
-        return (Region("grubenv", Role.ENVIRONMENT, (self.partition,)),)
+        """A region for each partition: `grubenv`, or `grubenv 1` and `grubenv 2`."""
+        if len(self.partitions) == 1:
+            return (Region("grubenv", Role.ENVIRONMENT, self.partitions),)
+        return tuple(
+            Region(f"grubenv {number}", Role.ENVIRONMENT, (part,))
+            for number, part in enumerate(self.partitions, 1)
+        )
 
     def read(self, disks: Mapping[str, LazyDisk]) -> EnvironmentReading:
         """As GRUB reads the files, without replaying a file system's journal."""
+        parts = self.partitions * (len(self.paths) if len(self.partitions) == 1 else 1)
         found = read_grub_environments(
-            disks[self.partition.device], self.partition.offset, self.partition.length, self.paths
+            [
+                (disks[part.device], part.offset, part.length, path)
+                for part, path in zip(parts, self.paths, strict=True)
+            ]
         )
-        editing = [lock.variables.get("editing") == "1" for lock in found.locks]
+        editing = [lock.variables.get("editing") != "0" for lock in found.locks]
         return EnvironmentReading(
             tuple(c.valid and not e for c, e in zip(found.copies, editing, strict=True)),
             found.current,

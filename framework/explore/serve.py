@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 import select
+import shlex
 import shutil
 import socket
 import tempfile
@@ -99,6 +100,14 @@ class Workplace:
         return self._leaving.is_set()
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A machine's memory and devices; `wake` is typed on its console when it goes on."""
+
+    path: Path
+    wake: bytes
+
+
 class StateMachine:
     """A machine whose disks are a crash state; a context manager.
 
@@ -147,12 +156,13 @@ class StateMachine:
         stop_on: Callable[[re.Match[str]], bool] = lambda match: True,
         on_reset: Callable[[], None] = lambda: None,
         max_starts: int = 4,
+        snapshot: Snapshot | None = None,
     ) -> Heard:
         """Power on, and read the console until a match on which to stop, or the time is over.
 
         `on_reset` is called at each reset of the guest, before it starts again. At the end the
-        power is cut; the disks keep what they hold. Raises InfrastructureError if QEMU
-        does not run.
+        power is cut; the disks keep what they hold. `snapshot`: begin there, not with a power-on.
+        Raises InfrastructureError if QEMU does not run.
         """
         began = time.monotonic()
         deadline = began + timeout_s
@@ -168,7 +178,7 @@ class StateMachine:
                 ended = "looped"
                 break
             starts += 1
-            with _Qemu(self._machine, self.recorder, self._place, self._directory) as qemu:
+            with self._qemu(snapshot) as qemu:
                 ended = "timed out"
                 for chunk, event in qemu.listen(deadline):
                     if event == "reset":
@@ -203,8 +213,30 @@ class StateMachine:
         """
         ended: str | None = "reset"
         while ended == "reset":
-            with _Qemu(self._machine, self.recorder, self._place, self._directory) as qemu:
+            with self._qemu() as qemu:
                 ended = qemu.converse(keys, show)
+
+    def snapshot(
+        self, ready: re.Pattern[str], wake: bytes, path: Path, timeout_s: float
+    ) -> Snapshot:
+        """Power on, and keep the machine as it is when the console says `ready`.
+
+        Sound only as long as the guest has not looked at its disks. Raises InfrastructureError.
+        """
+        deadline = time.monotonic() + timeout_s
+        text = ""
+        with self._qemu() as qemu:
+            for chunk, event in qemu.listen(deadline):
+                text += chunk
+                if event is not None:
+                    break
+                if ready.search(text):
+                    qemu.save(path, deadline)
+                    return Snapshot(path, wake)
+        raise InfrastructureError("the guest did not get as far as its snapshot", evidence=text)
+
+    def _qemu(self, snapshot: Snapshot | None = None) -> _Qemu:
+        return _Qemu(self._machine, self.recorder, self._place, self._directory, snapshot)
 
 
 def _complete(
@@ -221,9 +253,15 @@ class _Qemu:
     """One QEMU from power-on to its end."""
 
     def __init__(
-        self, machine: Machine, recorder: Recorder, place: Workplace, directory: Path
+        self,
+        machine: Machine,
+        recorder: Recorder,
+        place: Workplace,
+        directory: Path,
+        snapshot: Snapshot | None,
     ) -> None:
         self._machine = machine
+        self._snapshot = snapshot
         self._recorder = recorder
         self._place = place
         self._output = directory / "qemu-output"
@@ -238,13 +276,19 @@ class _Qemu:
                 for name in self._recorder.devices
                 for point in [self._recorder.endpoint(name)]
             }
+            incoming = []
+            if self._snapshot is not None:
+                incoming = ["-incoming", f"exec:cat {shlex.quote(str(self._snapshot.path))}"]
             self._process = MachineProcess(
-                command_line(
-                    self._machine,
-                    console_fd=console.fileno(),
-                    qmp_fd=monitor.fileno(),
-                    exports=exports,
-                ),
+                [
+                    *command_line(
+                        self._machine,
+                        console_fd=console.fileno(),
+                        qmp_fd=monitor.fileno(),
+                        exports=exports,
+                    ),
+                    *incoming,
+                ],
                 output_path=self._output,
                 pass_fds=(console.fileno(), monitor.fileno()),
                 environment=self._place.run.environment,
@@ -292,6 +336,8 @@ class _Qemu:
             if self._monitor in ready:
                 data = self._monitor.recv(_READ)
                 *lines, self._rest = (self._rest + data).split(b"\n")
+                if self._snapshot is not None and any(b'"RESUME"' in line for line in lines):
+                    self._console.sendall(self._snapshot.wake)
                 event = _event(lines)
                 if event == "reset":
                     self._process.signal_kill()  # before the firmware can run again
@@ -308,6 +354,24 @@ class _Qemu:
                 data = self._console.recv(_READ)
                 if data:
                     yield data.decode(errors="replace"), None
+
+    def save(self, path: Path, deadline: float) -> None:
+        """Stop, and write memory and devices to a file."""
+        uri = f"exec:cat > {shlex.quote(str(path))}"
+        self._monitor.sendall(
+            b'{"execute":"stop"}\n'
+            + json.dumps({"execute": "migrate", "arguments": {"uri": uri}}).encode()
+            + b"\n"
+        )
+        while time.monotonic() < deadline:
+            self._monitor.sendall(b'{"execute":"query-migrate"}\n')
+            time.sleep(_KEYS_S)
+            text = self._monitor.recv(_READ)
+            if b'"status": "completed"' in text:
+                return
+            if not text or b'"status": "failed"' in text:
+                break
+        raise InfrastructureError("QEMU could not keep a snapshot", evidence=self._process.output())
 
 
 def _event(lines: Sequence[bytes]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from attrs import asdict
 
 from framework.console import Line
-from framework.disk import DiskError, Fault, Inject, JournalReader, Trigger
+from framework.disk import DiskError, Fault, Inject, JournalReader, Repair, Trigger
 from framework.explore.describe import layout_to_values
 from framework.explore.ears import Ears
 from framework.explore.recording import write_recording
@@ -159,6 +159,10 @@ def _promises(device: Device, machine: RecordedQEMUDriver, artifact: str) -> Ite
         yield
 
 
+def _repair(repair: Repair | None) -> dict[str, Any] | None:
+    return None if repair is None else {"block": repair.block_bytes, "backups": repair.backups}
+
+
 def _facts(bench: Bench, device: Device, accelerator: str) -> dict[str, Any]:
     """Everything that explains the journal: RECORDING.md says what each is."""
     sizes = {
@@ -176,6 +180,7 @@ def _facts(bench: Bench, device: Device, accelerator: str) -> dict[str, Any]:
         "images": {name: asdict(image) for name, image in device.images.items()},
         "layout": layout_to_values(layout_of(device.manifest, sizes, device.images.values())),
         "slots": {slot: SLOT_REGION + slot for slot in device.manifest.slots},
+        "data_repair": _repair(device.manifest.data_repair),
         "pflash": None if seed is None else str(seed),
         "base_hints": {name: str(path) for name, path in device.manifest.disks.items()},
         "versions": {

@@ -254,7 +254,11 @@ class Device:
         if self.canary_sha256 is None:
             return
         checked = check_data(
-            self.machine.recorder.disk, self.manifest.data, CANARY_PATH, self.canary_sha256
+            self.machine.recorder.disk,
+            self.manifest.data,
+            self.manifest.data_repair,
+            CANARY_PATH,
+            self.canary_sha256,
         )
         self._event(checked)
         self.note("disk", f"data partition: {checked.detail}")

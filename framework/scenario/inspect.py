@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import xxhash
 
 from framework.disk import SECTOR, LazyDisk, UnreadableSectorError
-from framework.disk.ext4check import check_ext4
+from framework.disk.ext4check import Repair, check_ext4
 from framework.disk.grubenv import read_grub_environments
 from framework.disk.ubootenv import read_environment
 from framework.scenario.manifest import Extent, TargetManifest
@@ -89,16 +89,17 @@ def _read_slot(disk: LazyDisk, extent: Extent, known: list[ImageFacts]) -> SlotS
 
 def boot_environment(open_disk: OpenDisk, manifest: TargetManifest) -> BootEnvironment:
     """The boot environment, reduced to the copy that a bootloader takes."""
-    first = manifest.environment[0]
-    with open_disk(first.device) as disk:
+    extents = manifest.environment
+    with open_disk(extents[0].device) as disk:
         if manifest.bootloader == "grub":
             grub = read_grub_environments(
-                disk, first.offset, first.length, manifest.environment_paths
+                [
+                    (disk, extent.offset, extent.length, path)
+                    for extent, path in zip(extents, manifest.environment_paths, strict=True)
+                ]
             )
             return _reduce(grub.valid_copies, grub.variables, manifest)
-        uboot = read_environment(
-            disk, [(copy.offset, copy.length) for copy in manifest.environment]
-        )
+        uboot = read_environment(disk, [(copy.offset, copy.length) for copy in extents])
         return _reduce(uboot.valid_copies, uboot.variables, manifest)
 
 
@@ -115,10 +116,12 @@ def _reduce(
     )
 
 
-def check_data(open_disk: OpenDisk, data: Extent, path: str, sha256: str) -> DataChecked:
-    """Check the data partition as a mount would find it, and the content of one file in it."""
+def check_data(
+    open_disk: OpenDisk, data: Extent, repair: Repair | None, path: str, sha256: str
+) -> DataChecked:
+    """Check the data partition as the device's start leaves it, and one file in it."""
     with open_disk(data.device) as disk:
-        found = check_ext4(disk, data.offset, data.length, read=[path])
+        found = check_ext4(disk, data.offset, data.length, read=[path], repair=repair)
     content = found.files[path]
     intact = content is not None and hashlib.sha256(content).hexdigest() == sha256
     clean = "clean" if found.clean else f"damaged: {found.output.strip().splitlines()[-1]}"

@@ -40,7 +40,8 @@ def layout_of(
 
 def _store(manifest: TargetManifest) -> Store:
     if manifest.bootloader == "grub":
-        return GrubStore(_range(manifest.environment[0]), manifest.environment_paths)
+        partitions = tuple(_range(extent) for extent in manifest.environment)
+        return GrubStore(partitions, manifest.environment_paths)
     return UbootStore(tuple(_range(copy) for copy in manifest.environment))
 
 

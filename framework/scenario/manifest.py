@@ -12,6 +12,7 @@ from typing import Any
 
 from attrs import frozen
 
+from framework.disk import Repair
 from framework.verdict import ImageFacts
 
 MAIN_DISK = "vda"
@@ -44,9 +45,10 @@ class TargetManifest:
         slots: the extents of slot a and slot b.
         slot_numbers: their partition numbers, as the boot environment names them.
         data: the extent of the data partition.
-        environment: the extents of the boot environment: one a copy (U-Boot), or the whole boot
-            partition that holds the copies as files (GRUB).
-        environment_paths: for GRUB, the copies' paths on that partition.
+        environment: the extents of the boot environment, one a copy: its sectors (U-Boot), or the
+            partition that holds it as a file (GRUB).
+        environment_paths: for GRUB, the copies' paths on their partitions.
+        data_repair: how the device mends its data partition before it mounts it; None: not at all.
         images: the variants built, by name.
         disks: the machine's disk images with this base in slot a, by device name.
         firmware: further files that this base needs instead of the rig's own, by their role.
@@ -60,6 +62,7 @@ class TargetManifest:
     data: Extent
     environment: tuple[Extent, ...]
     environment_paths: tuple[str, ...]
+    data_repair: Repair | None
     images: dict[str, ImageFacts]
     disks: dict[str, Path]
     firmware: dict[str, Path]
@@ -103,6 +106,7 @@ def _parse(data: Mapping[str, Any], directory: Path, base: str) -> TargetManifes
         data=partitions["data"],
         environment=environment,
         environment_paths=paths,
+        data_repair=_repair(layout.get("data_repair")),
         images={
             name: ImageFacts(
                 name=variant["artifact_name"],
@@ -118,12 +122,18 @@ def _parse(data: Mapping[str, Any], directory: Path, base: str) -> TargetManifes
     )
 
 
+def _repair(values: Mapping[str, Any] | None) -> Repair | None:
+    return None if values is None else Repair(int(values["block"]), tuple(values["backups"]))
+
+
 def _environment(
     env: Mapping[str, Any], partitions: Mapping[str, Extent]
 ) -> tuple[tuple[Extent, ...], tuple[str, ...]]:
     """Where the boot environment lies: extents, and paths where it lies in files."""
     if env["kind"] == "grubenv":
-        return (partitions[env["partition"]],), tuple(env["paths"])
+        copies = env["copies"]
+        extents = tuple(partitions[copy["partition"]] for copy in copies)
+        return extents, tuple(copy["path"] for copy in copies)
     device = env.get("device", MAIN_DISK)
     return tuple(
         Extent(f"env {number}", device, copy["offset"], copy["size"])

@@ -63,12 +63,15 @@ class BootSigns:
     Attributes:
         booting: the bootloader loaded a kernel and starts it; groups `slot` and `trial` (`1`: the
             slot is on trial).
+        trying: the bootloader begins to load a slot, as it decided; the same groups. Not every
+            bootloader says it.
         nothing: the bootloader found no slot that it can load.
         ready: the system is up; groups `version` and `slot`.
         data_lost: the data partition could not be mounted.
     """
 
     booting: re.Pattern[str]
+    trying: re.Pattern[str]
     nothing: re.Pattern[str]
     ready: re.Pattern[str]
     data_lost: re.Pattern[str]
@@ -122,6 +125,9 @@ class BrownoutUpdater:
     boot_signs = BootSigns(
         booting=re.compile(
             r"BROWNOUT: booting slot (?P<slot>[ab]) upgrade_available=(?P<trial>\d?) [^\n]*\n"
+        ),
+        trying=re.compile(
+            r"BROWNOUT: trying slot (?P<slot>[ab]) upgrade_available=(?P<trial>\d?) [^\n]*\n"
         ),
         nothing=re.compile(r"BROWNOUT: no slot can be booted\s*\n"),
         ready=re.compile(r"BROWNOUT READY version=(?P<version>\S+) slot=(?P<slot>[ab]) [^\n]*\n"),

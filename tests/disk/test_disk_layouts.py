@@ -259,7 +259,8 @@ def test_which_grub_copy_counts():
     assert parse_grub_environments([one, two]).variables == {"n": "1"}
     assert parse_grub_environments([one, two], [busy, idle]).variables == {"n": "2"}
     assert parse_grub_environments([bytes(1024), two], [idle, idle]).current == 1
-    assert parse_grub_environments([None, two], [None, None]).current == 1
+    assert parse_grub_environments([None, two], [None, idle]).current == 1
+    assert parse_grub_environments([one, two], [None, idle]).current == 1  # as the script has it
     assert parse_grub_environments([one, two], [busy, busy]).current is None
     torn = parse_grub_environment(one[:512] + b"\x7f" * 512)
     assert torn.valid  # as GRUB takes it: there is no checksum
@@ -332,7 +333,7 @@ def test_files_of_ext_file_systems(tree, tmp_path, kind):
         files = open_file_system(disk, MIB, 24 * MIB)
         assert files.kind == "ext"
         same_tree(files, tree)
-        environment = read_grub_environments(disk, MIB, 24 * MIB, PATHS)
+        environment = read_grub_environments([(disk, MIB, 24 * MIB, path) for path in PATHS])
         assert environment.variables == {"mender_boot_part": "2"}
         assert environment.valid_copies == 2
         for bad in ("/none", "/small/x", "/dir"):
@@ -355,7 +356,8 @@ def test_files_of_fat_file_systems(tree, tmp_path, bits, size):
         files = open_file_system(disk, 0, size * MIB)
         assert files.kind == "fat"
         same_tree(files, tree)
-        assert read_grub_environments(disk, 0, size * MIB, PATHS).valid_copies == 2
+        places = [(disk, 0, size * MIB, path) for path in PATHS]
+        assert read_grub_environments(places).valid_copies == 2
         with pytest.raises(LayoutError, match="no such file"):
             files.read_file("/none")
 

@@ -270,7 +270,7 @@ def test_progress_may_stop_the_search(tmp_path):
 
 
 def test_a_single_grubenv_is_a_store_too(tmp_path):
-    store = GrubStore(Range("vda", 0, 8 * S), ("/grub/grubenv",))
+    store = GrubStore((Range("vda", 0, 8 * S),), ("/grub/grubenv",))
     assert [r.name for r in store.regions()] == ["grubenv"]
     path, _ = write_journal(tmp_path, [])
     where = Layout((), store, RaucGrubVariables({"A": "a", "B": "b"}))

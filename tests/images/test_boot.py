@@ -85,12 +85,12 @@ class Bench:
     def _copy_offsets(self) -> list[int]:
         if self.is_uboot:
             return [copy["offset"] for copy in self.images.manifest["layout"]["env"]["copies"]]
-        boot = self.disk.partitions["boot"]
-        image = self.log.with_name("boot.img")
-        image.write_bytes(self.disk.read(boot["offset"], boot["size"]))
         offsets = []
-        for path in self.images.manifest["layout"]["env"]["paths"]:
-            blocks = run(["debugfs", "-R", f"blocks {path}", image]).stdout.split()
+        for copy in self.images.manifest["layout"]["env"]["copies"]:
+            boot = self.disk.partitions[copy["partition"]]
+            image = self.log.with_name("boot.img")
+            image.write_bytes(self.disk.read(boot["offset"], boot["size"]))
+            blocks = run(["debugfs", "-R", f"blocks {copy['path']}", image]).stdout.split()
             offsets.append(boot["offset"] + int(blocks[0]) * 1024)
         return offsets
 
@@ -208,15 +208,34 @@ def test_without_any_valid_copy_a_slot_that_loads_is_started_and_recorded(
     assert bench.said("ENV-RESTORED") == 1
 
 
-def test_the_pc_survives_the_loss_of_its_boot_partition(
+def test_the_pc_survives_the_loss_of_its_boot_partitions(
     built: Callable[..., TargetImages], make_disk: Callable[..., Disk], tmp_path: Path
 ) -> None:
     bench = Bench(make_disk(built("qemu-x86_64", "v2")), tmp_path / "log")
-    boot = bench.disk.partitions["boot"]
-    bench.disk.write(boot["offset"], GARBAGE * boot["size"])
+    for name in ("boot", "boot-2"):
+        boot = bench.disk.partitions[name]
+        bench.disk.write(boot["offset"], GARBAGE * boot["size"])
     assert bench.boot() == ("v1", "a")
     assert bench.boot(bench.set_command(bootcount="0")) == ("v1", "a")
     assert bench.said("ENV-RESTORED") == 1
+
+
+@pytest.mark.parametrize("lost", ["boot", pytest.param("boot-2", marks=pytest.mark.night)])
+def test_the_pc_makes_a_lost_copy_anew_from_the_other(
+    built: Callable[..., TargetImages], make_disk: Callable[..., Disk], tmp_path: Path, lost: str
+) -> None:
+    bench = Bench(make_disk(built("qemu-x86_64", "v2")), tmp_path / "log")
+    bench.disk.put("b", "v2")
+    bench.boot(bench.set_command(mender_boot_part="3", mender_boot_part_hex="3"))
+    partition = bench.disk.partitions[lost]
+    bench.disk.write(partition["offset"], GARBAGE * partition["size"])
+    assert bench.boot() == ("v2", "b")
+    # Now the other one is lost, and what counts is the copy that was made anew.
+    other = bench.disk.partitions["boot-2" if lost == "boot" else "boot"]
+    bench.disk.write(other["offset"], GARBAGE * other["size"])
+    assert bench.boot() == ("v2", "b")
+    assert bench.boot() == ("v2", "b")
+    assert bench.said("ENV-RESTORED") == 0
 
 
 def test_a_trial_whose_attempt_cannot_be_recorded_is_not_started(
@@ -239,9 +258,28 @@ def test_a_data_partition_that_cannot_be_mounted_is_said_and_survived(
 ) -> None:
     bench = Bench(make_disk(built("qemu-arm64", "v2")), tmp_path / "log")
     data = bench.disk.partitions["data"]
-    bench.disk.write(data["offset"], GARBAGE * (1 << 20))
+    bench.disk.write(data["offset"], GARBAGE * data["size"])
     assert bench.boot("touch /data/x") == ("v1", "a")
     assert bench.said("BROWNOUT DATA-FAILED") == 1
+
+
+@pytest.mark.parametrize("sectors", [(2, 1), (3, 1), pytest.param((0, 8), marks=pytest.mark.night)])
+def test_a_data_partition_without_a_superblock_is_mended_from_a_copy_of_it(
+    built: Callable[..., TargetImages],
+    make_disk: Callable[..., Disk],
+    tmp_path: Path,
+    sectors: tuple[int, int],
+) -> None:
+    bench = Bench(make_disk(built("qemu-arm64", "v2")), tmp_path / "log")
+    bench.boot("echo kept > /data/x; sync")
+    first, count = sectors
+    offset = bench.disk.partitions["data"]["offset"] + 512 * first
+    bench.disk.write(offset, GARBAGE * (512 * count))
+    with bench.on() as machine:
+        assert machine.boot() == ("v1", "a")
+        assert machine.run("cat /data/x") == "kept"
+    assert bench.said("BROWNOUT DATA-REPAIR") == 1
+    assert bench.said("BROWNOUT DATA-FAILED") == 0
 
 
 def test_offline_and_unhealthy_fail_the_checks_they_should(

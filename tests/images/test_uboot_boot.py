@@ -22,9 +22,9 @@ from images.ext4 import fixed_uuid
 from images.gpt import Partition, write_gpt
 
 MIB = 1 << 20
-COPIES = (1 * MIB, MIB + MIB // 4)
+COPIES = (4 * MIB, 8 * MIB)
 COPY_SIZE = 16 * 1024
-SLOT_OFFSETS = {"a": 4 * MIB, "b": 8 * MIB}
+SLOT_OFFSETS = {"a": 16 * MIB, "b": 20 * MIB}
 
 pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 
@@ -57,7 +57,7 @@ class Card:
             Partition("rootfs-b", 3, SLOT_OFFSETS["b"], 4 * MIB),
         ]
         if first:
-            env = Partition(first, 1, 1 * MIB, 1 * MIB)
+            env = Partition(first, 1, 4 * MIB, 8 * MIB)
             partitions = [env, *partitions] if self.disk is None else [env]
         with path.open("wb") as file:
             file.truncate(size)

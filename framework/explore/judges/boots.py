@@ -3,7 +3,11 @@
 Both run a class's member on the machine of its rig (`framework.explore.serve`) and compare what
 the console says with the static oracle's expectation. Where the oracle was certain and the boot
 did otherwise, somebody is wrong about the device: a `Disagreement`, which fails the exploration.
-The bootloader's decision needs no network and no kernel; it says nothing of what happens later.
+
+A bootloader's decision is known when it begins to load a slot. That a slot with a known image can
+be loaded does not change from state to state: so it is awaited once for each image in each slot,
+and wherever a slot holds anything else. It needs no network and no kernel, and says nothing of
+what happens later.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class Booted:
         did: what it did, in a few words.
         seconds: how long it took.
         writes: how many operations it wrote.
+        data_lost: the system came up without its data partition.
     """
 
     crash_class: CrashClass
@@ -47,6 +52,7 @@ class Booted:
     did: str
     seconds: float
     writes: int
+    data_lost: bool = False
 
 
 class BootloaderJudge:
@@ -61,17 +67,33 @@ class BootloaderJudge:
         self.oracle = oracle
         self._machine = replace(machine, network=None)
         self._signs = signs
+        self._loaded: set[tuple[str | None, str | None]] = set()
+        """Slots and images that the bootloader was seen to load."""
 
     def boot(self, crash_class: CrashClass, state: CrashState, place: Workplace) -> Booted:
         """Have the bootloader decide on a state. Raises InfrastructureError if QEMU fails."""
         signs = self._signs
+        wanted = self.oracle.expect(crash_class)
+        slot = wanted.decision.slot
+        image = None if slot is None else crash_class.fact(self._context.slots[slot]).image
+        known = (slot, image) in self._loaded
+
+        def decided(match: re.Match[str]) -> bool:
+            return match.re is not signs.trying or (known and match["slot"] == slot)
+
         with (
             state.disks(self._context.journal) as disks,
             StateMachine(self._machine, disks, place) as machine,
         ):
-            heard = machine.run([signs.booting, signs.nothing], DECISION_TIMEOUT_S, max_starts=1)
-        wanted = self.oracle.expect(crash_class)
+            heard = machine.run(
+                [signs.trying, signs.booting, signs.nothing],
+                DECISION_TIMEOUT_S,
+                stop_on=decided,
+                max_starts=1,
+            )
         did, disagreement = _compare_decision(heard, wanted, signs)
+        if not disagreement and image is not None and heard.matches[-1].re is signs.booting:
+            self._loaded.add((slot, image))
         return Booted(crash_class, state, None, disagreement, did, heard.seconds, heard.operations)
 
 
@@ -168,4 +190,6 @@ class ColdBootJudge:
             did = f"runs {version} in slot {slot}"
         if lost:
             did += ", data partition not mounted"
-        return Booted(crash_class, state, seen, disagreement, did, heard.seconds, heard.operations)
+        return Booted(
+            crash_class, state, seen, disagreement, did, heard.seconds, heard.operations, lost
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from framework.disk import DiskError, JournalReader
+from framework.disk import DiskError, JournalReader, Repair
 from framework.explore.describe import layout_from_values
 from framework.explore.layout import Layout
 from framework.explore.timeline import Timeline, read_timeline
@@ -29,6 +29,7 @@ class Context:
         images: the images that may be in a slot, by artifact name.
         initial: the artifact that was committed when the recording began.
         slots: the slots' regions, by slot name (`a`, `b`).
+        repair: how the device mends its data partition before it mounts it; None: not at all.
     """
 
     journal: JournalReader
@@ -37,6 +38,7 @@ class Context:
     images: Mapping[str, ImageFacts]
     initial: str
     slots: Mapping[str, str]
+    repair: Repair | None = None
 
     @classmethod
     def of(cls, journal: JournalReader, facts: Mapping[str, Any]) -> Context:
@@ -52,6 +54,13 @@ class Context:
                 images={name: ImageFacts(**image) for name, image in facts["images"].items()},
                 initial=str(facts["initial"]),
                 slots={str(slot): str(region) for slot, region in facts["slots"].items()},
+                repair=_repair(facts.get("data_repair")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ContextError(f"the recording's facts are malformed: {error!r}") from error
+
+
+def _repair(values: Mapping[str, Any] | None) -> Repair | None:
+    if values is None:
+        return None
+    return Repair(int(values["block"]), tuple(int(backup) for backup in values["backups"]))

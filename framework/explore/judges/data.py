@@ -1,9 +1,9 @@
-"""Checks each distinct data partition once: e2fsck after its journal's replay, and synced files.
+"""Checks each distinct data partition once: as the device's start leaves it, and synced files.
 
-Invariant 5. A distinct content is checked on one member of a class that has it; what must be
-intact depends on the phase (a file counts from when its sync was acknowledged), so files are read
-once and compared a phase at a time. Cost: an export of what the partition holds, two runs of
-e2fsck: some 20 ms.
+Invariant 5. What the device does to it before it mounts it is done here, too (`Repair`). A distinct
+content is checked on one member of a class that has it; what must be intact depends on the phase (a
+file counts from when its sync was acknowledged), so files are read once and compared a phase at a
+time. Cost: an export of what the partition holds, two runs of e2fsck: some 20 ms.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from framework.verdict import DataChecked
 
 @frozen
 class DataContent:
-    """What one distinct data partition came to; `digests` are the synced files' (None: gone)."""
+    """What one distinct data partition came to.
+
+    `digests` are the synced files' (None: gone); `plain`: a journal's replay was all it needed, and
+    every sector could be read.
+    """
 
     clean: bool
     output: str
     digests: Mapping[str, str | None]
+    plain: bool
 
 
 class DataJudge:
@@ -40,7 +45,7 @@ class DataJudge:
         self.context = context
         self._regions = [r for r in context.layout.all_regions() if r.role is Role.DATA]
         every = len(context.timeline.steps)
-        self._paths = sorted({f.path for f in context.timeline.synced(every)})
+        self.paths = sorted({f.path for f in context.timeline.synced(every)})
         self.checked: dict[tuple[str, ...], DataContent] = {} if checked is None else checked
 
     def key(self, crash_class: CrashClass) -> tuple[str, ...]:
@@ -55,18 +60,25 @@ class DataJudge:
         key = self.key(crash_class)
         if key in self.checked:
             return self.checked[key]
-        clean, words = True, ""
-        digests: dict[str, str | None] = dict.fromkeys(self._paths)
+        clean, words, plain = True, "", True
+        digests: dict[str, str | None] = dict.fromkeys(self.paths)
         with crash_class.representative.disks(self.context.journal) as disks:
             for region in self._regions:
                 part = region.ranges[0]
-                found = check_ext4(disks[part.device], part.offset, part.length, read=self._paths)
+                found = check_ext4(
+                    disks[part.device],
+                    part.offset,
+                    part.length,
+                    read=self.paths,
+                    repair=self.context.repair,
+                )
                 clean = clean and found.clean
+                plain = plain and found.clean and not found.mended and not found.unreadable
                 words = words if found.clean else found.output.strip()
                 for path, content in found.files.items():
                     if content is not None:
                         digests[path] = hashlib.sha256(content).hexdigest()
-        made = self.checked[key] = DataContent(clean, words, digests)
+        made = self.checked[key] = DataContent(clean, words, digests, plain)
         return made
 
     def seen(self, crash_class: CrashClass, phase: int) -> DataChecked | None:

@@ -1,0 +1,49 @@
+# The variables' two copies, each in a file system of its own. Mounting one for writing writes its
+# superblock, and a cut can tear that and so lose the copy. So both are mounted for reading, the
+# copy that GRUB did not use is made the same as the one that counts ($environment), and only then
+# is that one mounted for writing.
+kit=/usr/lib/brownout
+place=/boot/grub/mender_grubenv
+device_1=@DEVICE_1@
+device_2=@DEVICE_2@
+mount_copy() { eval "mount -t ext4 -o $2,noatime,sync \$device_$1 $place$1"; }
+block() { dd if=$1 of=$2 bs=1024 conv=notrunc,fsync 2> /dev/null; }
+settled() { cmp -s $place$1/lock $kit/lock-closed; }
+same() { cmp -s ${place}1/env ${place}2/env && settled 1 && settled 2; }
+write_copy() {
+    block $kit/lock-open $place$1/lock && block $2 $place$1/env && block $kit/lock-closed $place$1/lock
+}
+# A new file system comes with an open lock, so that a cut leaves the copy unsettled.
+make_copy() {
+    umount $place$1 2> /dev/null
+    eval "dd if=$kit/grubenv.img of=\$device_$1 bs=64k conv=fsync 2> /dev/null"
+    mount_copy $1 rw
+}
+
+good=1
+[ "$environment" = 2 ] && good=2
+other=$((3 - good))
+mount_copy $other ro
+# Linux checks a superblock that GRUB takes as it is. By the order above the other copy is as new.
+if ! mount_copy $good ro && settled $other; then
+    good=$other
+    other=$((3 - good))
+fi
+if [ "$environment" = 0 ] || ! settled $good; then
+    # Only the variables are there, and which slot runs is known, so all of it can be made anew.
+    echo "BROWNOUT ENV-RESTORED"
+    for copy in 1 2; do
+        make_copy $copy
+        grub-editenv $place$copy/env set mender_boot_part=$part mender_boot_part_hex=$part
+    done
+    sync
+    for copy in 1 2; do block $kit/lock-closed $place$copy/lock; done
+else
+    if same; then
+        mount_copy $other remount,rw
+    else
+        { mount_copy $other remount,rw && write_copy $other $place$good/env && same; } ||
+            { make_copy $other && write_copy $other $place$good/env; }
+    fi
+    mount_copy $good remount,rw
+fi
