@@ -356,13 +356,13 @@ class _Qemu:
                     yield data.decode(errors="replace"), None
 
     def save(self, path: Path, deadline: float) -> None:
-        """Stop, and write memory and devices to a file."""
+        """Write memory and devices to a file, which ends with the machine stopped.
+
+        It isn't stopped before: what goes on from a snapshot of a stopped machine is stopped.
+        """
         uri = f"exec:cat > {shlex.quote(str(path))}"
-        self._monitor.sendall(
-            b'{"execute":"stop"}\n'
-            + json.dumps({"execute": "migrate", "arguments": {"uri": uri}}).encode()
-            + b"\n"
-        )
+        order = {"execute": "migrate", "arguments": {"uri": uri}}
+        self._monitor.sendall(json.dumps(order).encode() + b"\n")
         while time.monotonic() < deadline:
             self._monitor.sendall(b'{"execute":"query-migrate"}\n')
             time.sleep(_KEYS_S)
