@@ -26,6 +26,9 @@ from framework.disk.files import ExtReader
 from framework.disk.lazy import LazyDisk, read_exact
 
 _TIMEOUT_S: Final = 120.0
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+_PLENTY: Final = 16
+"""How often a partition has to fit: several are checked at once."""
 _LEFT_UNCORRECTED: Final = 4
 _FAILED: Final = 8
 
@@ -65,6 +68,16 @@ class Repair:
     backups: tuple[int, ...]
 
 
+def _place(length: int) -> Path | None:
+    """Memory, if there is plenty: removing the file costs more than the check on a real disk."""
+    try:
+        room = os.statvfs(_MEMORY)
+    except OSError:
+        return None
+    plenty = room.f_bavail * room.f_frsize > _PLENTY * length and os.access(_MEMORY, os.W_OK)
+    return _MEMORY if plenty else None
+
+
 class _ImageFile:
     """An exported partition as a source for the file system readers."""
 
@@ -94,7 +107,7 @@ class Ext4Image:
         self.path = Path()
 
     def __enter__(self) -> Ext4Image:
-        self._directory = Path(tempfile.mkdtemp(prefix="brownout-ext4-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="brownout-ext4-", dir=_place(self._length)))
         self.path = self._directory / "partition.img"
         try:
             self._disk.export(self.path, self._offset, self._length, zero_unreadable=True)

@@ -9,6 +9,7 @@ map 8 MiB, so a crash state costs a copy and a few assignments.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ _BENEATH_EXTRA: Final = 1 << 58
 """Of those: from here on they are that state's own extra content."""
 
 _CHUNK: Final = 1 << 20
+_EXPORT: Final = 64 << 10  # small, so that few zeros are written between what there is
 _ZEROES: Final = bytes(_CHUNK)
 
 
@@ -294,6 +296,14 @@ class LazyDisk:
             if value == UNREADABLE
         ]
 
+    def _next_data(self, offset: int) -> int:
+        """Where the base has data next: up to there it is a hole, known to be zeros unread."""
+        try:
+            return os.lseek(self._base_fd, offset, os.SEEK_DATA)
+        except OSError as error:  # ENXIO: none any more; otherwise its file system can't tell
+            end = os.fstat(self._base_fd).st_size
+            return end if error.errno == errno.ENXIO and offset < end else offset
+
     def export(
         self,
         path: Path,
@@ -315,12 +325,20 @@ class LazyDisk:
         try:
             with path.open("wb") as out:
                 out.truncate(size)
-                at = 0
-                for chunk in readable.chunks(offset, size):
-                    if chunk != (_ZEROES if len(chunk) == _CHUNK else _ZEROES[: len(chunk)]):
+                data = -1
+                part = readable.map[offset // SECTOR : -(-(offset + size) // SECTOR)]
+                edges = (np.flatnonzero(part) * SECTOR - offset % SECTOR)[:, None]
+                touched = set((np.add(edges, (0, SECTOR - 1)) // _EXPORT).ravel().tolist())
+                for at in range(0, size, _EXPORT):
+                    start, length = offset + at, min(_EXPORT, size - at)
+                    if at // _EXPORT not in touched:
+                        data = data if data >= start else readable._next_data(start)
+                        if data >= start + length:
+                            continue
+                    chunk = readable.read(start, length)
+                    if chunk != _ZEROES[:length]:
                         out.seek(at)
                         out.write(chunk)
-                    at += len(chunk)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise DiskError(f"can't export to {path}: {error.strerror}") from error

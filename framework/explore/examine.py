@@ -13,6 +13,7 @@ an interrupt anywhere leaves no machine and no file behind.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -223,15 +224,17 @@ class _Work:
     # -- the cheap judges --------------------------------------------------------------------
 
     def check_data(self, limit: int) -> None:
-        """Every distinct data partition; of too many, the whole ones first, then at random."""
+        """Every distinct data partition; of too many, whole and damaged ones in turn."""
         began = time.monotonic()
         judge = self.data
         distinct = {judge.key(c): c for c in self.found.exploration.classes}
         chosen = list(distinct.values())
         if len(chosen) > limit:
             random.Random(self.examiner.seed).shuffle(chosen)  # noqa: S311 - no secret
-            chosen.sort(key=_damaged_data)
-        chosen = chosen[:limit]
+            damaged = [c for c in chosen if _damaged_data(c)]
+            whole = [c for c in chosen if not _damaged_data(c)]
+            pairs = itertools.zip_longest(whole, damaged)
+            chosen = [c for pair in pairs for c in pair if c is not None][:limit]
         for done, _ in enumerate(_each(judge.check, chosen, self.examiner.workers), 1):
             self.examiner.progress.judging(judge.name, done, len(chosen))
         self.found.counts.append(
