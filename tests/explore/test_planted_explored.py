@@ -1,7 +1,7 @@
 """Updaters with one safety step taken out are recorded once, and the explorer names what breaks.
 
 No cut is aimed: the recording is an update without any fault. The honest updater's is clean under
-the same models (`test_explorer_emulated.py`). Long: a recording each, so it is `make night`'s.
+all models that find a bug here. Long: a recording each, so it is `make night`'s.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ pytestmark = [pytest.mark.emulated, pytest.mark.night]
 
 RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
 STATIC = ("static",)
+
+
+def test_the_honest_updater_is_clean_under_the_same_models(tmp_path):
+    judges = ("static", "data", "coldboot")
+    models = ("subset", "torn", "prefix")
+    code, result = explored(tmp_path, ("v1", ["v2", "unhealthy"], models, judges))
+    assert (code, result["violations"], result["disagreements"]) == (0, [], [])
+    assert {row["judge"]: row["looked_at"] for row in result["judges"]}["coldboot"] == 14
 
 
 @pytest.mark.parametrize(
@@ -60,12 +68,13 @@ def test_a_device_that_lies_about_flushes_breaks_the_honest_updater_and_is_told_
 
 
 def explored(tmp_path, case, *, flip_percent=None):
-    base, updates, model, judges = case
+    base, updates, models, judges = case
     quiet = Console(file=io.StringIO())
     path = tmp_path / f"{base}-{len(updates)}.recording"
     run_record(RIG, base, updates, path, quiet, flip_percent=flip_percent)
     out = io.StringIO()
-    wish = Wish(parse_models([model]), 10, 300, 1, judges, Bounds(cold_boots=14))
+    models = parse_models([models] if isinstance(models, str) else models)
+    wish = Wish(models, 10, 300, 1, judges, Bounds(data=1500, cold_boots=14))
     code = run_explore(
         [path], wish, tmp_path / "bundles", Console(file=out, width=200), rig=RIG, as_json=True
     )

@@ -69,9 +69,7 @@ def make_kit(
     script = _script(data.offset // SECTOR, repair, paths).encode()
     kit = Kit(folder / "probe-kernel", folder / "probe-initrd")
     kit.kernel.write_bytes(kernel)
-    kit.initrd.write_bytes(
-        initrd + bytes(-len(initrd) % 4) + _archive({**programs, "init": script})
-    )
+    kit.initrd.write_bytes(initrd + bytes(-len(initrd) % 4) + archive({**programs, "init": script}))
     return kit
 
 
@@ -174,7 +172,7 @@ def _check(repair: Repair | None) -> str:
     return 'e2fsck -fn "$device" > /dev/null 2>&1\ncheck=$?\n'
 
 
-def _archive(files: Mapping[str, bytes]) -> bytes:
+def archive(files: Mapping[str, bytes]) -> bytes:
     """An initramfs archive ("newc") of executable files, with their directories."""
     folders: dict[str, None] = {}
     for name in files:
@@ -182,10 +180,10 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
         folders |= dict.fromkeys("/".join(parts[: n + 1]) for n in range(len(parts)))
     members = [(name, stat.S_IFDIR | 0o755, b"") for name in folders]
     members += [(name, stat.S_IFREG | 0o755, content) for name, content in files.items()]
-    archive = bytearray()
+    packed = bytearray()
     for number, (name, mode, content) in enumerate([*members, ("TRAILER!!!", 0, b"")], 1):
         encoded = name.encode() + b"\0"
         fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
         head = b"070701" + b"".join(b"%08X" % value for value in fields) + encoded
-        archive += head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
-    return bytes(archive)
+        packed += head + bytes(-len(head) % 4) + content + bytes(-len(content) % 4)
+    return bytes(packed)
