@@ -31,6 +31,7 @@ from framework.disk import (
     read_grub_environments,
     region_sha256,
 )
+from framework.disk.ext4check import Repair
 from framework.disk.lazy import UNREADABLE, new_map
 
 MIB = 1 << 20
@@ -426,10 +427,51 @@ def test_a_journal_is_replayed_as_a_mount_would(tree, tmp_path):
     assert result.files["/block"] == b"J" * 4096
 
 
+GROUPS = [*EXT["ext4"], "-g", "1024"]  # so that 24 MiB have copies of the superblock
+MENDS = Repair(4096, (1024, 3072))
+
+
+@needs("mke2fs", "e2fsck", "debugfs")
+@pytest.mark.parametrize("sectors", [[2], [3], [0, 1, 2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("kind", ["garbage", "unreadable"])
+def test_a_lost_superblock_is_mended_by_a_device_that_does_so_and_by_no_other(
+    tree, tmp_path, sectors, kind
+):
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    disk = disk_of(image)
+    if kind == "unreadable":
+        disk.map[sectors] = UNREADABLE
+    else:
+        with image.open("r+b") as file:
+            for sector in sectors:
+                file.seek(sector * S)
+                file.write(random.Random(sector).randbytes(S))
+    with disk:
+        assert not check_ext4(disk, 0, 24 * MIB).clean
+        result = check_ext4(disk, 0, 24 * MIB, read=["/block"], repair=MENDS)
+        assert result.clean, result.output
+        assert result.mended
+        assert result.unreadable == (kind == "unreadable")
+        assert result.files["/block"] == (tree / "block").read_bytes()
+        # Planted: a device that looks for the copies at the wrong places.
+        assert not check_ext4(disk, 0, 24 * MIB, repair=Repair(4096, (2048,))).clean
+
+
+@needs("mke2fs", "e2fsck")
+def test_a_device_that_mends_does_not_notice_damage_without_a_mark_and_is_not_clean(tree, tmp_path):
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    run("debugfs", "-w", "-R", "clri /dir", image)
+    with disk_of(image) as disk:
+        result = check_ext4(disk, 0, 24 * MIB, repair=MENDS)
+    assert not result.mended
+    assert not result.clean
+
+
 def test_no_temporary_files_are_left(tree, tmp_path, monkeypatch):
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setattr("framework.disk.ext4check._MEMORY", scratch)
     image = tmp_path / "fs.img"
     image.write_bytes(bytes(MIB))
     with disk_of(image) as disk:
