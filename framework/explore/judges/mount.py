@@ -98,7 +98,8 @@ class MountJudge:
         told = [None if word == "-" else word for word in match["files"].split()]
         digests = dict(zip(self._data.paths, told, strict=True)) if told else {}
         clean = match["mounted"] == "1" and match["check"] == "0"
-        differs = _compare(clean, digests, known)
+        if differs := _compare(clean, digests, known):
+            differs += f" ({state})"
         return Mounted(crash_class, state, clean, digests, differs, heard.seconds)
 
     def _only_data(self, disks: Disks) -> Disks:
