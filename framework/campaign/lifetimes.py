@@ -1,0 +1,491 @@
+"""One lifetime of a simulated device: an update, its faults, what was seen, and the verdict.
+
+A *schedule* is everything that a lifetime depends on: the images, what the operator does, and the
+faults with the operation, byte or moment at which each strikes. The same schedule gives the same
+lifetime, byte for byte; that is what is printed, shrunk and kept in a bundle. The events are those
+of an emulated run, and the judge is the same (`framework.verdict`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from framework.disk.models import CacheModel, model_from
+from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS, read_copies
+from framework.targets.simulated.database import DataVfs
+from framework.targets.simulated.device import (
+    CANARY,
+    CANARY_CONTENT,
+    DATA_BYTES,
+    DATA_OFFSET,
+    ENVIRONMENT,
+    IMAGE_BYTES,
+    Command,
+    SimulatedDevice,
+    Start,
+    Surroundings,
+    make_image,
+    read_head,
+)
+from framework.targets.simulated.drive import Action, PowerLost, Step
+from framework.targets.simulated.filesystem import FileSystem, FileSystemError
+from framework.verdict import (
+    BootEnvironment,
+    BootSeen,
+    CommitReached,
+    Committed,
+    DataChecked,
+    DiskSeen,
+    Event,
+    ImageFacts,
+    InstallEnded,
+    InstallStarted,
+    PowerCut,
+    RetryEnded,
+    Run,
+    SlotContent,
+    SlotState,
+    StatusRead,
+    Verdict,
+    judge,
+)
+from updater.artifact import write_artifact
+from updater.artifact.signature import load_private_key
+from updater.device.client import Client, Ports
+from updater.device.config import Config
+from updater.device.errors import StoreError
+
+RECOVERIES: Final = 40
+"""Power cuts that one lifetime may have; a schedule has fewer."""
+
+CACHE_MODELS: Final = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
+"""The models that an updater must survive; a drive that lies is none of them."""
+
+DRIVE_FAULTS: Final = ("cut", "error", "flip")
+NETWORK_FAULTS: Final = ("break", "corrupt")
+"""A download that ends at a byte, or has one byte changed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        at: drive operation, counted over the whole lifetime from 1; for a network fault the byte
+            of the artifact.
+        kind: one of DRIVE_FAULTS or NETWORK_FAULTS.
+        model: the cache model of a cut, by name; "torn:4096" is torn with that granularity.
+        seed: of the model's choice.
+    """
+
+    at: int
+    kind: str = "cut"
+    model: str = "kept"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """The fault as a sentence's part."""
+        if self.kind == "cut":
+            return f"power cut at operation {self.at}, {self.model} (seed {self.seed})"
+        what = {
+            "error": "I/O error at operation",
+            "flip": "bit flip in operation",
+            "break": "connection broken at byte",
+            "corrupt": "byte changed at",
+        }[self.kind]
+        return f"{what} {self.at}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schedule:
+    """Everything that a lifetime depends on.
+
+    Attributes:
+        faults: in no particular order.
+        behaviour: of the new image: well, panics, hangs, unhealthy.
+        actions: what the operator does after the first start: "stage" (install), "restart",
+            "install" (both, the second if the first went well), "rollback", "commit".
+        early: how often of 256 times the kernel writes a page back unasked.
+        seed: of `early`.
+    """
+
+    faults: tuple[Fault, ...] = ()
+    behaviour: str = "well"
+    actions: tuple[str, ...] = ("install",)
+    early: int = 0
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """The schedule in one line, for a command line or a bundle."""
+        values = dataclasses.asdict(self)
+        values["faults"] = [list(dataclasses.astuple(fault)) for fault in self.faults]
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read what `to_json` wrote. ValueError if it is not that."""
+        try:
+            values = json.loads(text)
+            faults = tuple(Fault(*fault) for fault in values.pop("faults"))
+            actions = tuple(values.pop("actions"))
+            return cls(faults=faults, actions=actions, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no schedule: {error}") from error
+
+    def __str__(self) -> str:
+        """The schedule for people."""
+        faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
+        return f"{', '.join(self.actions)} an image that is {self.behaviour}: {faults}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lifetime:
+    """What became of a schedule: the verdict, and what it is made of."""
+
+    schedule: Schedule
+    verdict: Verdict
+    events: tuple[Event, ...]
+    lines: tuple[str, ...]
+    operations: int
+    fired: int
+    """How many of the faults struck."""
+    states: tuple[str, ...]
+    """The client's state when each of the cuts struck."""
+
+
+class Laboratory:
+    """What lifetimes share: the artifacts, the key that signed them, SQLite's VFS.
+
+    One a process. `client` makes the client, `quirks` are the boot loader's: for planted bugs.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: Callable[[Config, Ports], Client] = Client,
+        quirks: frozenset[str] = frozenset(),
+    ) -> None:
+        self._folder = TemporaryDirectory(prefix="brownout-simulate-")
+        self._vfs = DataVfs()
+        self.client = client
+        self.quirks = quirks
+        folder = Path(self._folder.name)
+        self._key, public = _make_key(folder)
+        self._public = (public,)
+        self._info = {}
+        for name in ("v1", "v2", "v3"):
+            path = folder / f"{name}.info"
+            path.write_text(f"artifact_name={name}\n")
+            self._info[name] = str(path)
+        self._artifacts: dict[tuple[str, str], bytes] = {}
+
+    def close(self) -> None:
+        """Remove the temporary folder."""
+        self._folder.cleanup()
+        self._vfs.unregister()
+
+    def artifact(self, name: str, behaviour: str) -> bytes:
+        """The signed artifact of an image."""
+        if (name, behaviour) not in self._artifacts:
+            folder = Path(self._folder.name)
+            image = folder / "rootfs.img"
+            image.write_bytes(make_image(name, behaviour))
+            made = folder / f"{name}.mender"
+            write_artifact(
+                made,
+                image,
+                name=name,
+                device_types=["simulated"],
+                key=load_private_key(self._key),
+                compression="none",
+            )
+            self._artifacts[name, behaviour] = made.read_bytes()
+        return self._artifacts[name, behaviour]
+
+    def live(self, schedule: Schedule) -> Lifetime:
+        """Run one lifetime and judge it."""
+        return _Life(self, schedule).run()
+
+
+class _Plan:
+    """Turns a schedule's drive faults into actions, and counts what fired."""
+
+    def __init__(self, faults: tuple[Fault, ...]) -> None:
+        self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
+        self._models: dict[str, CacheModel] = {}
+        self.fired = 0
+        self.cut = (model_from("kept"), 0)
+        self.last = 0
+
+    def at(self, step: Step) -> Action:
+        fault = self._faults.pop(step.number, None)
+        if fault is None:
+            return ""
+        self.fired += 1
+        self.last = step.number
+        self.cut = (_model(fault.model), fault.seed)
+        if fault.kind == "cut":
+            self.model, self.seed = fault.model, fault.seed
+            return "cut"
+        return "error" if fault.kind == "error" else "flip"
+
+    model = ""
+    seed = 0
+
+    def disarm(self) -> None:
+        """From here on nothing goes wrong."""
+        self._faults.clear()
+
+
+_MODELS: dict[str, CacheModel] = {}
+
+
+def _model(name: str) -> CacheModel:
+    if name not in _MODELS:
+        kind, _, unit = name.partition(":")
+        _MODELS[name] = model_from(kind, {"granularity": int(unit)} if unit else None)
+    return _MODELS[name]
+
+
+class _Life:
+    def __init__(self, laboratory: Laboratory, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._plan = _Plan(schedule.faults)
+        self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
+        self._network_fired = 0
+        early = None
+        if schedule.early:
+            chance, draw = schedule.early, random.Random(schedule.seed)  # noqa: S311 - replays
+            early = lambda: draw.getrandbits(8) < chance  # noqa: E731
+        artifacts = {
+            "v2": laboratory.artifact("v2", schedule.behaviour),
+            "v3": laboratory.artifact("v3", "well"),
+        }
+        self._images = {
+            "v1": make_image("v1"),
+            "v2": make_image("v2", schedule.behaviour),
+            "v3": make_image("v3"),
+        }
+        self._device = SimulatedDevice(
+            Surroundings(artifacts, laboratory._public, laboratory._info, self._download),
+            vfs=laboratory._vfs,
+            plan=self._plan,
+            early=early,
+            client=laboratory.client,
+            quirks=laboratory.quirks,
+        )
+        self._device.listener = self._heard
+        self._events: list[Event] = []
+        self._state = "Idle"
+        self._cut_states: list[str] = []
+        self._installing = "v2"
+        self._running = ""
+
+    def run(self) -> Lifetime:
+        self._start(self._device.start)
+        for action in self._schedule.actions:
+            if action in ("install", "stage"):
+                self._update("v2", restart=action == "install")
+            elif action == "restart":
+                self._start(self._device.restart)
+            else:
+                self._command(action)
+        self._plan.disarm()
+        self._network.clear()
+        if self._schedule.behaviour == "well":
+            self._retry("v2")
+        else:
+            self._status()
+            self._retry("v3")
+        facts = {
+            name: ImageFacts(
+                name, "", IMAGE_BYTES, healthy=name != "v2" or self._schedule.behaviour == "well"
+            )
+            for name in self._images
+        }
+        run = Run(facts, "v1", tuple(self._events), boot_limit=4)
+        return Lifetime(
+            self._schedule,
+            judge(run),
+            run.events,
+            tuple(self._device.lines),
+            self._device.drive.operations,
+            self._plan.fired + self._network_fired,
+            tuple(self._cut_states),
+        )
+
+    # Steps, each of which a power cut may end.
+
+    def _start(self, how: Callable[[], Start]) -> bool:
+        """Start until no cut comes in between; say whether the device is ready."""
+        for _ in range(RECOVERIES):
+            try:
+                start = how()
+            except PowerLost:
+                self._power_went()
+                how = self._device.start
+                continue
+            self._running = start.image.name if start.image else ""
+            self._events.append(
+                BootSeen(
+                    ready=start.ready,
+                    version=self._running or None,
+                    slot=start.slot or None,
+                    attempts=start.kernels,
+                    evidence=start.evidence,
+                )
+            )
+            return start.ready
+        raise AssertionError("more power cuts than any schedule has")
+
+    def _update(self, name: str, *, restart: bool = True) -> None:
+        self._installing = name
+        self._events.append(InstallStarted(name))
+        command = self._command("install", name)
+        if command is None:
+            self._events.append(InstallEnded(name, None))
+            return
+        self._events.append(InstallEnded(name, command.exit_code, command.cause))
+        self._look("after the install")
+        if restart and command.exit_code in (0, 4) and self._start(self._device.restart):
+            self._status()
+            self._look("after the restart")
+
+    def _command(self, verb: str, source: str = "") -> Command | None:
+        """Run a command; None when the power went, after the device has been started again."""
+        if not self._running:
+            return None
+        try:
+            command = self._device.run(verb, source)
+        except PowerLost:
+            self._power_went()
+            self._start(self._device.start)
+            return None
+        if verb != "install" and command.exit_code == 4:
+            self._start(self._device.restart)
+        return command
+
+    def _retry(self, name: str) -> None:
+        # What waits for a restart gets it first, and may turn out to be the same.
+        self._start(self._device.restart)
+        if self._running != name:
+            self._update(name)
+        there = self._running == name
+        seen = self._look("at the end")
+        committed = there and not seen.environment.upgrade_available
+        self._events.append(RetryEnded(name, committed, f"runs {self._running or 'nothing'}"))
+        self._check_data()
+        self._status()
+
+    def _power_went(self) -> None:
+        self._cut_states.append(self._state)
+        self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
+        self._device.drive.power_on()
+        self._look("after the cut")
+        self._check_data()
+
+    def _status(self) -> None:
+        if not self._running:
+            return
+        try:
+            self._events.append(StatusRead(*self._device.status()))
+        except StoreError as error:
+            # `updater status` fails with that line: it says nothing, so nothing untrue.
+            self._device.lines.append(f"status: {error}")
+
+    # Witnesses.
+
+    def _look(self, moment: str) -> DiskSeen:
+        found = read_copies(self._device.drive, ENVIRONMENT)
+        variables = found.variables
+        count = variables.get("bootcount", "0")
+        environment = BootEnvironment(
+            valid_copies=found.valid_copies,
+            boot_slot=SLOTS.get(variables.get("mender_boot_part", "")),
+            upgrade_available=variables.get("upgrade_available") == "1",
+            bootcount=int(count) if count.isdigit() else 0,
+            bootlimit=BOOTLIMIT,
+        )
+        seen = DiskSeen(moment, {slot: self._slot(slot) for slot in ("a", "b")}, environment)
+        self._events.append(seen)
+        return seen
+
+    def _slot(self, slot: str) -> SlotState:
+        content = self._device.read_slot(slot)
+        for name, image in self._images.items():
+            if content == image:
+                return SlotState(SlotContent.IMAGE, name)
+        if read_head(content) is None:
+            return SlotState(SlotContent.UNLOADABLE)
+        return SlotState(SlotContent.MIXED)
+
+    def _check_data(self) -> None:
+        try:
+            data = FileSystem(self._device.drive, DATA_OFFSET, DATA_BYTES)
+            intact = data.read(CANARY, 0, len(CANARY_CONTENT)) == CANARY_CONTENT
+            detail = "" if intact else "the canary has changed"
+        except (FileSystemError, KeyError) as error:
+            self._events.append(DataChecked(False, False, str(error)))
+            return
+        self._events.append(DataChecked(True, intact, detail))
+
+    def _heard(self, line: str) -> None:
+        if line.startswith("state "):
+            self._state = line[6:]
+            if self._state == "ArtifactCommit":
+                self._events.append(CommitReached(self._installing))
+        elif line.startswith("committed "):
+            name, _, rest = line[10:].partition(" (slot ")
+            self._events.append(Committed(name, rest[:1]))
+
+    def _download(self, location: str, content: bytes) -> tuple[bytes, bool]:
+        """Let the network faults strike, each once, in order."""
+        if location != "v2" or not self._network:
+            return content, False
+        fault = self._network.pop(0)
+        at = fault.at % len(content)
+        self._network_fired += 1
+        if fault.kind == "break":
+            return content[:at], True
+        return content[:at] + bytes((content[at] ^ 0x40,)) + content[at + 1 :], False
+
+
+def _make_key(folder: Path) -> tuple[Path, str]:
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - once a process
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
+        Ed25519PrivateKey,
+    )
+
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    private = folder / "key.pem"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public = folder / "public.pem"
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, str(public)
+
+
+@contextmanager
+def laboratory(**options: Any) -> Iterator[Laboratory]:
+    """A laboratory that is cleaned up."""
+    made = Laboratory(**options)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,213 @@
+"""SQLite on the simulated data partition: a VFS, and a connection that the client's store accepts.
+
+The client's state store is SQLite with full synchronisation. Its pages, its rollback journal and
+its syncs go through `DataVfs` to `FileSystem` and so to the drive, where the power can go between
+any two of them (sqlite.org/vfs.html, sqlite.org/atomiccommit.html). SQLite's own random numbers
+come from a counter, so that the same lifetime writes the same bytes.
+
+apsw has its own SQLite and its own exceptions; `Connection` gives the client the ones of `sqlite3`
+that the store handles on a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import apsw
+
+from framework.targets.simulated.drive import PowerLost
+from framework.targets.simulated.filesystem import FileSystem, FileSystemError
+
+_NAME = "simulated"
+_CODE = "extendedresult"
+
+
+class _File(apsw.VFSFile):
+    """An open file; SQLite's locks are not needed, as one process runs at a time."""
+
+    def __init__(self, disk: FileSystem, name: str) -> None:
+        self._disk = disk
+        self._name = name
+
+    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
+        with _as_sqlite_errors(apsw.SQLITE_IOERR_READ):
+            return self._disk.read(self._name, offset, amount)
+
+    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+        with _as_sqlite_errors():
+            self._disk.write(self._name, offset, bytes(data))
+
+    def xTruncate(self, size: int) -> None:  # noqa: N802
+        self._disk.truncate(self._name, size)
+
+    def xSync(self, flags: int) -> None:  # noqa: N802
+        with _as_sqlite_errors():
+            self._disk.sync(self._name)
+
+    def xFileSize(self) -> int:  # noqa: N802
+        return self._disk.size(self._name)
+
+    def xLock(self, level: int) -> None:  # noqa: N802
+        return
+
+    def xUnlock(self, level: int) -> None:  # noqa: N802
+        return
+
+    def xCheckReservedLock(self) -> bool:  # noqa: N802
+        return False
+
+    def xFileControl(self, operation: int, pointer: int) -> bool:  # noqa: N802
+        return False
+
+    def xDeviceCharacteristics(self) -> int:  # noqa: N802
+        return 0
+
+    def xSectorSize(self) -> int:  # noqa: N802
+        return 4096
+
+    def xClose(self) -> None:  # noqa: N802
+        return
+
+    def excepthook(self, kind: Any, value: Any, trace: Any) -> bool:
+        """Say nothing: the error is the caller's."""
+        return True
+
+
+class DataVfs(apsw.VFS):
+    """SQLite's view of the data partition that is in `disk`; set it at every mount."""
+
+    def __init__(self) -> None:
+        self.disk: FileSystem | None = None
+        self._drawn = 0
+        super().__init__(_NAME, "", maxpathname=128)
+
+    @property
+    def _mounted(self) -> FileSystem:
+        assert self.disk is not None
+        return self.disk
+
+    def restart(self) -> None:
+        """Begin the sequence of random numbers again: a lifetime begins."""
+        self._drawn = 0
+
+    def xFullPathname(self, name: str) -> str:  # noqa: N802
+        """There are no folders."""
+        return name
+
+    def xAccess(self, name: str, flags: int) -> bool:  # noqa: N802
+        """Say whether there is such a file."""
+        return self._mounted.exists(name)
+
+    def xDelete(self, name: str, sync: bool) -> None:  # noqa: N802
+        """Remove a file; with `sync`, durably."""
+        with _as_sqlite_errors():
+            self._mounted.remove(name)
+            if sync:
+                self._mounted.sync_directory()
+
+    def xOpen(self, name: Any, flags: list[int]) -> _File:  # noqa: N802
+        """Open a file, making it if SQLite wants that."""
+        path = name.filename() if isinstance(name, apsw.URIFilename) else name or "temporary"
+        if flags[0] & apsw.SQLITE_OPEN_CREATE:
+            self._mounted.create(path)
+        elif not self._mounted.exists(path):
+            raise apsw.CantOpenError(f"{path}: no such file")
+        flags[1] = flags[0]
+        return _File(self._mounted, path)
+
+    def xRandomness(self, count: int) -> bytes:  # noqa: N802
+        """Return bytes that are the same in every run."""
+        self._drawn += 1
+        return hashlib.shake_128(self._drawn.to_bytes(8, "little")).digest(count)
+
+    def xSleep(self, microseconds: int) -> int:  # noqa: N802
+        """Return at once."""
+        return microseconds
+
+    def xCurrentTime(self) -> float:  # noqa: N802
+        """Return one moment, as a Julian day."""
+        return 2_460_000.5
+
+    def xCurrentTimeInt64(self) -> int:  # noqa: N802
+        """Return one moment, in milliseconds of Julian days."""
+        return int(2_460_000.5 * 86_400_000)
+
+    def excepthook(self, kind: Any, value: Any, trace: Any) -> bool:
+        """Say nothing: the error is the caller's."""
+        return True
+
+
+class Connection:
+    """An apsw connection with the part of `sqlite3.Connection` that the client's store uses."""
+
+    def __init__(self, path: str) -> None:
+        with _as_sqlite3_errors():
+            self._real = apsw.Connection(path, vfs=_NAME, statementcachesize=32)
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open."""
+        return bool(self._real.in_transaction)
+
+    def execute(self, sql: str, values: Any = None) -> _Rows:
+        """Run one statement; its rows are fetched at once."""
+        with _as_sqlite3_errors():
+            return _Rows(self._real.execute(sql, values).fetchall())
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> None:
+        """Run a statement for every row of values."""
+        with _as_sqlite3_errors():
+            self._real.executemany(sql, rows).fetchall()
+
+    def executescript(self, sql: str) -> None:
+        """Run several statements."""
+        self.execute(sql)
+
+    def close(self) -> None:
+        """Close; nothing is written by that."""
+        self._real.close(True)
+
+
+class _Rows:
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def fetchall(self) -> list[Any]:
+        return self._rows
+
+    def fetchone(self) -> Any:
+        return self._rows[0] if self._rows else None
+
+
+@contextmanager
+def _as_sqlite_errors(extended: int = apsw.SQLITE_IOERR_WRITE) -> Iterator[None]:
+    """What the file system says, in the terms of SQLite's result codes."""
+    try:
+        yield
+    except FileSystemError as error:
+        if error.errno == 28:
+            raise apsw.FullError("database or disk is full") from error
+        failed = apsw.IOError("disk I/O error")
+        setattr(failed, _CODE, extended)
+        raise failed from error
+
+
+@contextmanager
+def _as_sqlite3_errors() -> Iterator[None]:
+    """What apsw raises, as the standard library's module would."""
+    try:
+        yield
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        corrupt = sqlite3.DatabaseError(str(error))
+        corrupt.sqlite_errorcode = getattr(error, _CODE, apsw.SQLITE_CORRUPT)
+        raise corrupt from error
+    except apsw.Error as error:
+        if isinstance(error.__context__, PowerLost):
+            raise error.__context__ from error
+        translated = sqlite3.OperationalError(str(error))
+        translated.sqlite_errorcode = getattr(error, _CODE, 0)
+        raise translated from error
