@@ -11,15 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from framework.disk.models import CacheModel, model_from
 from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS, read_copies
-from framework.targets.simulated.database import DataVfs
 from framework.targets.simulated.device import (
     CANARY,
     CANARY_CONTENT,
@@ -28,14 +24,13 @@ from framework.targets.simulated.device import (
     ENVIRONMENT,
     IMAGE_BYTES,
     Command,
-    SimulatedDevice,
     Start,
-    Surroundings,
     make_image,
     read_head,
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
+from framework.targets.simulated.laboratory import Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -56,11 +51,6 @@ from framework.verdict import (
     Verdict,
     judge,
 )
-from updater.artifact import write_artifact
-from updater.artifact.signature import load_private_key
-from updater.device.client import Client, Ports
-from updater.device.config import Config
-from updater.device.errors import StoreError
 
 RECOVERIES: Final = 40
 """Power cuts that one lifetime may have; a schedule has fewer."""
@@ -114,6 +104,7 @@ class Schedule:
             "install" (both, the second if the first went well), "rollback", "commit".
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
+        fresh: the client has never run on the device, so that it has no state store.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -121,6 +112,7 @@ class Schedule:
     actions: tuple[str, ...] = ("install",)
     early: int = 0
     seed: int = 0
+    fresh: bool = False
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -146,6 +138,16 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault that struck: its kind, for people `what` (a cut's model), where, in which state."""
+
+    kind: str
+    what: str
+    at: int
+    state: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Lifetime:
     """What became of a schedule: the verdict, and what it is made of."""
 
@@ -154,73 +156,20 @@ class Lifetime:
     events: tuple[Event, ...]
     lines: tuple[str, ...]
     operations: int
-    fired: int
-    """How many of the faults struck."""
-    states: tuple[str, ...]
-    """The client's state when each of the cuts struck."""
+    struck: tuple[Strike, ...]
 
 
-class Laboratory:
-    """What lifetimes share: the artifacts, the key that signed them, SQLite's VFS.
-
-    One a process. `client` makes the client, `quirks` are the boot loader's: for planted bugs.
-    """
-
-    def __init__(
-        self,
-        *,
-        client: Callable[[Config, Ports], Client] = Client,
-        quirks: frozenset[str] = frozenset(),
-    ) -> None:
-        self._folder = TemporaryDirectory(prefix="brownout-simulate-")
-        self._vfs = DataVfs()
-        self.client = client
-        self.quirks = quirks
-        folder = Path(self._folder.name)
-        self._key, public = _make_key(folder)
-        self._public = (public,)
-        self._info = {}
-        for name in ("v1", "v2", "v3"):
-            path = folder / f"{name}.info"
-            path.write_text(f"artifact_name={name}\n")
-            self._info[name] = str(path)
-        self._artifacts: dict[tuple[str, str], bytes] = {}
-
-    def close(self) -> None:
-        """Remove the temporary folder."""
-        self._folder.cleanup()
-        self._vfs.unregister()
-
-    def artifact(self, name: str, behaviour: str) -> bytes:
-        """The signed artifact of an image."""
-        if (name, behaviour) not in self._artifacts:
-            folder = Path(self._folder.name)
-            image = folder / "rootfs.img"
-            image.write_bytes(make_image(name, behaviour))
-            made = folder / f"{name}.mender"
-            write_artifact(
-                made,
-                image,
-                name=name,
-                device_types=["simulated"],
-                key=load_private_key(self._key),
-                compression="none",
-            )
-            self._artifacts[name, behaviour] = made.read_bytes()
-        return self._artifacts[name, behaviour]
-
-    def live(self, schedule: Schedule) -> Lifetime:
-        """Run one lifetime and judge it."""
-        return _Life(self, schedule).run()
+def live(laboratory: Laboratory, schedule: Schedule) -> Lifetime:
+    """Run one lifetime and judge it."""
+    return _Life(laboratory, schedule).run()
 
 
 class _Plan:
-    """Turns a schedule's drive faults into actions, and counts what fired."""
+    """Turns a schedule's drive faults into actions, and tells `strike` what struck."""
 
-    def __init__(self, faults: tuple[Fault, ...]) -> None:
+    def __init__(self, faults: tuple[Fault, ...], strike: Callable[[Fault], None]) -> None:
+        self._strike = strike
         self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
-        self._models: dict[str, CacheModel] = {}
-        self.fired = 0
         self.cut = (model_from("kept"), 0)
         self.last = 0
 
@@ -228,7 +177,7 @@ class _Plan:
         fault = self._faults.pop(step.number, None)
         if fault is None:
             return ""
-        self.fired += 1
+        self._strike(fault)
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
         if fault.kind == "cut":
@@ -257,34 +206,28 @@ def _model(name: str) -> CacheModel:
 class _Life:
     def __init__(self, laboratory: Laboratory, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._plan = _Plan(schedule.faults)
+        self._plan = _Plan(schedule.faults, self._strike)
         self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
-        self._network_fired = 0
         early = None
         if schedule.early:
             chance, draw = schedule.early, random.Random(schedule.seed)  # noqa: S311 - replays
             early = lambda: draw.getrandbits(8) < chance  # noqa: E731
-        artifacts = {
-            "v2": laboratory.artifact("v2", schedule.behaviour),
-            "v3": laboratory.artifact("v3", "well"),
-        }
         self._images = {
             "v1": make_image("v1"),
             "v2": make_image("v2", schedule.behaviour),
             "v3": make_image("v3"),
         }
-        self._device = SimulatedDevice(
-            Surroundings(artifacts, laboratory._public, laboratory._info, self._download),
-            vfs=laboratory._vfs,
+        self._device = laboratory.device(
+            schedule.behaviour,
+            fresh=schedule.fresh,
             plan=self._plan,
             early=early,
-            client=laboratory.client,
-            quirks=laboratory.quirks,
+            network=self._download,
         )
         self._device.listener = self._heard
         self._events: list[Event] = []
         self._state = "Idle"
-        self._cut_states: list[str] = []
+        self._struck: list[Strike] = []
         self._installing = "v2"
         self._running = ""
 
@@ -317,8 +260,7 @@ class _Life:
             run.events,
             tuple(self._device.lines),
             self._device.drive.operations,
-            self._plan.fired + self._network_fired,
-            tuple(self._cut_states),
+            tuple(self._struck),
         )
 
     # Steps, each of which a power cut may end.
@@ -385,7 +327,6 @@ class _Life:
         self._status()
 
     def _power_went(self) -> None:
-        self._cut_states.append(self._state)
         self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
         self._device.drive.power_on()
         self._look("after the cut")
@@ -394,11 +335,13 @@ class _Life:
     def _status(self) -> None:
         if not self._running:
             return
-        try:
-            self._events.append(StatusRead(*self._device.status()))
-        except StoreError as error:
-            # `updater status` fails with that line: it says nothing, so nothing untrue.
-            self._device.lines.append(f"status: {error}")
+        status = self._device.status()
+        if status is not None:
+            self._events.append(StatusRead(*status))
+
+    def _strike(self, fault: Fault) -> None:
+        what = fault.model if fault.kind == "cut" else fault.kind
+        self._struck.append(Strike(fault.kind, what, fault.at, self._state))
 
     # Witnesses.
 
@@ -451,41 +394,7 @@ class _Life:
             return content, False
         fault = self._network.pop(0)
         at = fault.at % len(content)
-        self._network_fired += 1
+        self._strike(fault)
         if fault.kind == "break":
             return content[:at], True
         return content[:at] + bytes((content[at] ^ 0x40,)) + content[at + 1 :], False
-
-
-def _make_key(folder: Path) -> tuple[Path, str]:
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - once a process
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
-        Ed25519PrivateKey,
-    )
-
-    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-    private = folder / "key.pem"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    public = folder / "public.pem"
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return private, str(public)
-
-
-@contextmanager
-def laboratory(**options: Any) -> Iterator[Laboratory]:
-    """A laboratory that is cleaned up."""
-    made = Laboratory(**options)
-    try:
-        yield made
-    finally:
-        made.close()

@@ -42,8 +42,10 @@ from updater.device.errors import (
     HealthError,
     InterruptedBySignal,
     SlotError,
+    StoreError,
     TransportError,
 )
+from updater.device.model import Outcome, Result
 from updater.device.store import SqliteStore
 
 ENVIRONMENT: Final = EnvironmentArea(0, 64 << 10, 4 << 10)
@@ -147,9 +149,9 @@ class Surroundings(NamedTuple):
 class SimulatedDevice:
     """One device over many starts.
 
-    `plan` acts on the drive's operations. `early` is the kernel's habit of writing pages back when
-    it likes. `client` makes the client, the shipped one unless a bug is planted; `quirks` are the
-    boot loader's.
+    `content` is the drive's at the start, `plan` acts on its operations. `early` is the kernel's
+    habit of writing pages back when it likes. `client` makes the client, the shipped one unless a
+    bug is planted; `quirks` are the boot loader's.
     """
 
     def __init__(
@@ -161,10 +163,10 @@ class SimulatedDevice:
         early: Callable[[], bool] | None = None,
         client: Callable[[Config, Ports], Client] = Client,
         quirks: frozenset[str] = frozenset(),
-        factory: str = "v1",
+        content: bytes,
     ) -> None:
         self.surroundings = surroundings
-        self.drive = Drive(factory_content(factory), plan)
+        self.drive = Drive(content, plan)
         self.lines: list[str] = []
         self.listener: Callable[[str], None] = lambda line: None
         self.now = 1000.0
@@ -228,15 +230,28 @@ class SimulatedDevice:
                 store.close()
         return Command(code, causes[-1] if causes else "")
 
-    def status(self) -> tuple[str, str, str]:
-        """Return what the client says: the artifact it runs, the last outcome and its cause."""
+    def status(self) -> tuple[str, str, str] | None:
+        """Return what the client says: the artifact it runs, the last outcome and its cause.
+
+        None when it says nothing but an error.
+        """
         store = self._store()
         try:
             name = self._make_client(store).artifact_name()
             last = store.last_outcome()
+        except StoreError as error:
+            self.lines.append(f"status: {error}")
+            return None
         finally:
             store.close()
         return (name, str(last.result), last.cause) if last else (name, "", "")
+
+    def provision(self) -> None:
+        """Make an empty state store, and write everything."""
+        store = self._store()
+        store.mark_reported(Outcome(Result.FAILED, "", "", "", 0))
+        store.close()
+        self._unmount()
 
     def read_slot(self, slot: str) -> bytes:
         """Return a slot's image as the drive holds it, read from outside the device."""
