@@ -131,7 +131,7 @@ def _jobs(search: Search) -> Iterator[Job]:
     """What the workers do, as plain values; each job is its own, whoever does it."""
     laboratory = Laboratory()
     try:
-        operations = live(laboratory, Schedule()).operations
+        operations = live(laboratory, Schedule()).exposed
     finally:
         laboratory.close()
     if search.single:

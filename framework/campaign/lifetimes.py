@@ -58,6 +58,9 @@ RECOVERIES: Final = 40
 CACHE_MODELS: Final = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
 """The models that an updater must survive; a drive that lies is none of them."""
 
+KERNELS: Final = 2
+"""Kernels that one start may take: the trial, and after it the system that was there before."""
+
 DRIVE_FAULTS: Final = ("cut", "error", "flip")
 NETWORK_FAULTS: Final = ("break", "corrupt")
 """A download that ends at a byte, or has one byte changed."""
@@ -156,6 +159,9 @@ class Lifetime:
     events: tuple[Event, ...]
     lines: tuple[str, ...]
     operations: int
+    """Drive operations of the whole lifetime."""
+    exposed: int
+    """How many of them faults could strike: the last retry is spared."""
     struck: tuple[Strike, ...]
 
 
@@ -240,6 +246,7 @@ class _Life:
                 self._start(self._device.restart)
             else:
                 self._command(action)
+        exposed = self._device.drive.operations
         self._plan.disarm()
         self._network.clear()
         if self._schedule.behaviour == "well":
@@ -253,13 +260,14 @@ class _Life:
             )
             for name in self._images
         }
-        run = Run(facts, "v1", tuple(self._events), boot_limit=4)
+        run = Run(facts, "v1", tuple(self._events), boot_limit=KERNELS)
         return Lifetime(
             self._schedule,
             judge(run),
             run.events,
             tuple(self._device.lines),
             self._device.drive.operations,
+            exposed,
             tuple(self._struck),
         )
 

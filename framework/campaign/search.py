@@ -109,7 +109,7 @@ def singles(operations: int, models: Sequence[str] = CACHE_MODELS) -> Iterator[S
 def doubles(laboratory: Laboratory, first: Fault) -> Iterator[Lifetime]:
     """Live all lifetimes with `first` and a second cut of the same model after it."""
     alone = live(laboratory, Schedule((first,)))
-    for at in range(first.at + 1, alone.operations + 1):
+    for at in range(first.at + 1, alone.exposed + 1):
         second = Fault(at, "cut", first.model, at)
         yield live(laboratory, Schedule((first, second)))
 

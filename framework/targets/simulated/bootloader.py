@@ -120,10 +120,8 @@ class Bootloader:
             found = copies.variables
             self._values.update({key: found[key] for key in KEYS if key in found})
             self._flags = copies.copies[copies.current].flags or 0
-            if use == 1 and "single-environment-copy" not in self._quirks:
+            if use == 1:
                 self._next = self._area.second
-            elif "single-environment-copy" in self._quirks:
-                self._next = self._area.offsets[copies.current]
         return use if self._values["mender_boot_part"] in SLOTS else 0
 
     def _save(self) -> bool:
@@ -136,9 +134,8 @@ class Bootloader:
             flags=self._flags,
         )
         offset = self._next
-        if "single-environment-copy" not in self._quirks:
-            first, second = self._area.offsets
-            self._next = second if offset == first else first
+        first, second = self._area.offsets
+        self._next = second if offset == first else first
         try:
             self._drive.write(offset, content)
             return self._drive.read(offset, len(content)) == content

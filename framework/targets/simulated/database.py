@@ -11,10 +11,10 @@ that the store handles on a device.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import apsw
@@ -34,19 +34,25 @@ class _File(apsw.VFSFile):
         self._name = name
 
     def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
-        with _as_sqlite_errors(apsw.SQLITE_IOERR_READ):
+        try:
             return self._disk.read(self._name, offset, amount)
+        except FileSystemError as error:
+            raise _in_sqlite(error, apsw.SQLITE_IOERR_READ) from error
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
-        with _as_sqlite_errors():
-            self._disk.write(self._name, offset, bytes(data))
+        try:
+            self._disk.write(self._name, offset, data)
+        except FileSystemError as error:
+            raise _in_sqlite(error) from error
 
     def xTruncate(self, size: int) -> None:  # noqa: N802
         self._disk.truncate(self._name, size)
 
     def xSync(self, flags: int) -> None:  # noqa: N802
-        with _as_sqlite_errors():
+        try:
             self._disk.sync(self._name)
+        except FileSystemError as error:
+            raise _in_sqlite(error) from error
 
     def xFileSize(self) -> int:  # noqa: N802
         return self._disk.size(self._name)
@@ -104,10 +110,12 @@ class DataVfs(apsw.VFS):
 
     def xDelete(self, name: str, sync: bool) -> None:  # noqa: N802
         """Remove a file; with `sync`, durably."""
-        with _as_sqlite_errors():
+        try:
             self._mounted.remove(name)
             if sync:
                 self._mounted.sync_directory()
+        except FileSystemError as error:
+            raise _in_sqlite(error) from error
 
     def xOpen(self, name: Any, flags: list[int]) -> _File:  # noqa: N802
         """Open a file, making it if SQLite wants that."""
@@ -145,8 +153,10 @@ class Connection:
     """An apsw connection with the part of `sqlite3.Connection` that the client's store uses."""
 
     def __init__(self, path: str) -> None:
-        with _as_sqlite3_errors():
+        try:
             self._real = apsw.Connection(path, vfs=_NAME, statementcachesize=32)
+        except apsw.Error as error:
+            raise _in_sqlite3(error) from error
 
     @property
     def in_transaction(self) -> bool:
@@ -155,13 +165,17 @@ class Connection:
 
     def execute(self, sql: str, values: Any = None) -> _Rows:
         """Run one statement; its rows are fetched at once."""
-        with _as_sqlite3_errors():
+        try:
             return _Rows(self._real.execute(sql, values).fetchall())
+        except apsw.Error as error:
+            raise _in_sqlite3(error) from error
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         """Run a statement for every row of values."""
-        with _as_sqlite3_errors():
+        try:
             self._real.executemany(sql, rows).fetchall()
+        except apsw.Error as error:
+            raise _in_sqlite3(error) from error
 
     def executescript(self, sql: str) -> None:
         """Run several statements."""
@@ -183,31 +197,23 @@ class _Rows:
         return self._rows[0] if self._rows else None
 
 
-@contextmanager
-def _as_sqlite_errors(extended: int = apsw.SQLITE_IOERR_WRITE) -> Iterator[None]:
+def _in_sqlite(error: FileSystemError, extended: int = apsw.SQLITE_IOERR_WRITE) -> apsw.Error:
     """What the file system says, in the terms of SQLite's result codes."""
-    try:
-        yield
-    except FileSystemError as error:
-        if error.errno == 28:
-            raise apsw.FullError("database or disk is full") from error
-        failed = apsw.IOError("disk I/O error")
-        setattr(failed, _CODE, extended)
-        raise failed from error
+    if error.errno == errno.ENOSPC:
+        return apsw.FullError("database or disk is full")
+    failed = apsw.IOError("disk I/O error")
+    setattr(failed, _CODE, extended)
+    return failed
 
 
-@contextmanager
-def _as_sqlite3_errors() -> Iterator[None]:
-    """What apsw raises, as the standard library's module would."""
-    try:
-        yield
-    except (apsw.NotADBError, apsw.CorruptError) as error:
+def _in_sqlite3(error: apsw.Error) -> BaseException:
+    """What apsw raises, as the standard library's module would; PowerLost goes through."""
+    if isinstance(error.__context__, PowerLost):
+        return error.__context__
+    if isinstance(error, apsw.NotADBError | apsw.CorruptError):
         corrupt = sqlite3.DatabaseError(str(error))
         corrupt.sqlite_errorcode = getattr(error, _CODE, apsw.SQLITE_CORRUPT)
-        raise corrupt from error
-    except apsw.Error as error:
-        if isinstance(error.__context__, PowerLost):
-            raise error.__context__ from error
-        translated = sqlite3.OperationalError(str(error))
-        translated.sqlite_errorcode = getattr(error, _CODE, 0)
-        raise translated from error
+        return corrupt
+    failed = sqlite3.OperationalError(str(error))
+    failed.sqlite_errorcode = getattr(error, _CODE, 0)
+    return failed
