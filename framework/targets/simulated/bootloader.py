@@ -11,6 +11,7 @@ A rule can be broken on purpose (`Bootloader.quirks`), so that a search can show
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from framework.disk.ubootenv import UbootEnvironment, build_copy, parse_environment
@@ -62,7 +63,13 @@ def read_copies(drive: Drive, area: EnvironmentArea) -> UbootEnvironment:
             contents.append(drive.read(offset, area.size))
         except DriveError:
             contents.append(None)
-    return parse_environment(contents, redundant=True)
+    return _parsed(contents[0], contents[1])
+
+
+# The same bytes are looked at again and again, by the device and by its witnesses.
+@lru_cache(maxsize=4096)
+def _parsed(first: bytes | None, second: bytes | None) -> UbootEnvironment:
+    return parse_environment((first, second), redundant=True)
 
 
 class Bootloader:
