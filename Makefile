@@ -40,6 +40,7 @@ scenarios: images
 # The whole matrix, everything on an SD card too, and the long tests: for the night.
 night: images setup-tests
 	$(PYTEST) tests --ignore tests/planted -m night
+	.venv/bin/brownout simulate --lifetimes 100000 --single --double kept --double torn
 	@for rig in rigs/*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done
@@ -72,6 +73,7 @@ bench: images
 	.venv/bin/python tests/benchmarks/recorder.py
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
 	.venv/bin/python tests/benchmarks/explore.py
+	.venv/bin/python tests/benchmarks/simulate.py
 
 # Coverage-guided fuzzing of the artifact reader. What it finds is kept in build/fuzz; SECONDS=3600.
 SECONDS ?= 600

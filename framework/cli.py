@@ -7,6 +7,7 @@ Errors are one line; `--verbose` shows the whole chain.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from framework.explorer import (
 )
 from framework.report import ResultError, ResultStore, write_report
 from framework.scenario.bench import BenchError
-from framework.targets.errors import InfrastructureError, RigError
+from framework.targets.errors import InfrastructureError, RigError, SimulationError
+
+CACHE_MODELS = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
 
 EXIT_NOT_HELD = 1
 EXIT_UNUSABLE = 2
@@ -353,6 +356,48 @@ def import_log_command(log: Path, image: Path, facts: Path, device: str, output:
     click.echo(run_import(log, image, facts, device, output))
 
 
+@cli.command()
+@click.option("--lifetimes", type=click.IntRange(0), default=2500, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--workers", type=click.IntRange(1, 256), default=os.cpu_count() or 1)
+@click.option("--single", is_flag=True, help="every power cut of one update, under every model")
+@click.option(
+    "--double",
+    multiple=True,
+    type=click.Choice(CACHE_MODELS),
+    help="every pair of power cuts of one update under this cache model; repeatable",
+)
+@click.option("--replay", metavar="FILE", help="live through one schedule, and show it")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/simulate"),
+    show_default=True,
+    help="folder for violations",
+)
+def simulate(  # noqa: PLR0917 - click passes them by name
+    lifetimes: int,
+    seed: int,
+    workers: int,
+    single: bool,
+    double: tuple[str, ...],
+    replay: str | None,
+    output: Path,
+) -> None:
+    """Live through updates on simulated devices, with every kind of fault.
+
+    Example: brownout simulate --lifetimes 100000 --seed 7 --single --double kept
+    """
+    # Only here: SQLite's VFS and the client's code are not needed for the rest.
+    from framework.simulator import Search, run_replay, run_simulate  # noqa: PLC0415
+
+    console = Console()
+    if replay is not None:
+        raise SystemExit(run_replay(replay, console))
+    search = Search(lifetimes, seed, workers, single=single, double=double)
+    raise SystemExit(run_simulate(search, output, console))
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
@@ -389,6 +434,7 @@ def main() -> None:
         BenchError,
         RigError,
         InfrastructureError,
+        SimulationError,
     ) as error:
         click.echo(f"brownout: {error}", err=True)
         sys.exit(EXIT_UNUSABLE)

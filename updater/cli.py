@@ -83,20 +83,22 @@ def main(
             say(f"wrote {place}")
             return EXIT_OK
         return _on_device(options.verb, options.config, compose or open_client, options)
-    except InterruptedBySignal as interrupt:
-        say(f"error: {interrupt}; nothing is lost, run the command again")
-        return interrupt.exit_code
-    except NothingInProgressError as error:
-        say(f"error: {error}")
-        return EXIT_NOTHING_IN_PROGRESS
-    except Exception as error:  # noqa: BLE001 - the last word must be one line
-        if verbose:
+    except (InterruptedBySignal, Exception) as error:  # noqa: BLE001 - the last word is one line
+        if verbose and not isinstance(error, (InterruptedBySignal, NothingInProgressError)):
             import traceback  # noqa: PLC0415
 
             traceback.print_exc()
-        known = isinstance(error, UpdaterError) or type(error).__module__.startswith("updater.")
-        say(f"error: {error}" if known else f"error: internal: {type(error).__name__}: {error}")
-        return EXIT_ERROR
+        return last_word(error)
+
+
+def last_word(error: Exception | InterruptedBySignal) -> int:
+    """Say in one line what ended the command; return its exit code."""
+    if isinstance(error, InterruptedBySignal):
+        say(f"error: {error}; nothing is lost, run the command again")
+        return error.exit_code
+    known = isinstance(error, UpdaterError) or type(error).__module__.startswith("updater.")
+    say(f"error: {error}" if known else f"error: internal: {type(error).__name__}: {error}")
+    return EXIT_NOTHING_IN_PROGRESS if isinstance(error, NothingInProgressError) else EXIT_ERROR
 
 
 def _on_device(
@@ -120,11 +122,19 @@ def _on_device(
             raise NothingInProgressError(f"{error}: it commits") from error
         raise
     client = compose(config)
+    source = "" if options is None or verb != "install" else options.source
+    code = operate(client, verb, source)
+    if verb == "install" and options is not None and options.reboot_exit_code:
+        return EXIT_REBOOT_NEEDED
+    return code
+
+
+def operate(client: Client, verb: str, source: str = "") -> int:
+    """Let the client do `verb` (install, resume, commit or rollback); return the exit code."""
     try:
         if verb == "install":
-            assert options is not None
-            client.install(options.source)
-            return EXIT_REBOOT_NEEDED if options.reboot_exit_code else EXIT_OK
+            client.install(source)
+            return EXIT_OK
         getattr(client, verb)()
     except UpdaterError as error:
         if not client.reboot_needed:

@@ -23,3 +23,7 @@ class InfrastructureError(Exception):
             f"INFRASTRUCTURE: {message}" + (f" [last: {evidence!r}]" if evidence else "")
         )
         self.evidence = evidence
+
+
+class SimulationError(Exception):
+    """A simulated lifetime's file can't be used or written; the message names it."""

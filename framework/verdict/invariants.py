@@ -183,6 +183,7 @@ def truthful(run: Run) -> Finding:
     looked_at = 0
     running: str | None = run.initial
     ended: InstallEnded | None = None
+    waiting: str | None = None
     for event in run.events:
         if isinstance(event, InstallEnded):
             ended = event
@@ -197,12 +198,15 @@ def truthful(run: Run) -> Finding:
             said_done = ended.exit_code in (EXIT_OK, EXIT_REBOOT_NEEDED)
             if said_done and image != ended.artifact:
                 broken.append(f"says {ended.artifact} is installed, would start {image}")
-            if not said_done and image == ended.artifact and ended.artifact != running:
+            # A second installation is refused while the first one waits for its restart.
+            refused = not said_done and image == waiting
+            waiting = image if said_done else waiting
+            if not said_done and image == ended.artifact != running and not refused:
                 broken.append(f"says {ended.artifact} failed, would start it")
             ended = None
         elif isinstance(event, BootSeen) and event.ready:
             running = event.version
-            ended = None
+            ended = waiting = None
         elif isinstance(event, StatusRead):
             looked_at += 1
             if event.artifact != running:

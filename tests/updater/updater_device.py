@@ -18,6 +18,7 @@ from updater import cli
 from updater.device.blockdev import DirectDevice
 from updater.device.client import Client
 from updater.device.config import Config, Slot
+from updater.device.files import free_bytes
 from updater.device.overlapped import Overlapped
 from updater.device.slot_writer import CHUNK_BYTES
 
@@ -43,6 +44,9 @@ class FileMachine:
 
     def boot_id(self) -> str:
         return (self._directory / "boot").read_text()
+
+    def free_bytes(self, path: str) -> int:
+        return free_bytes(path)
 
 
 class Killer:

@@ -28,6 +28,7 @@ from updater.device.config import (
     Slot,
 )
 from updater.device.errors import BootEnvError, SlotError, TransportError
+from updater.device.files import free_bytes
 from updater.device.health import HealthRunner
 from updater.device.model import Outcome, State, Update
 from updater.device.modules import ModuleRunner
@@ -311,6 +312,9 @@ class World:
 
     def boot_id(self) -> str:
         return str(self.boots)
+
+    def free_bytes(self, path: str) -> int:
+        return free_bytes(path)
 
     @contextmanager
     def open(self, location: str) -> Iterator[World]:

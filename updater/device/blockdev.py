@@ -64,6 +64,12 @@ class LinuxMachine:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:  # noqa: PTH123
             return file.read().strip()
 
+    def free_bytes(self, path: str) -> int:
+        """Return how much may still be written to the file system of `path`; or OSError."""
+        from updater.device.files import free_bytes  # noqa: PLC0415
+
+        return free_bytes(path)
+
 
 class DirectDevice:
     """A block device, or a file that stands for one, opened for exclusive writing."""

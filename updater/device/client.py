@@ -754,10 +754,8 @@ class Client:
 
     def _check_room(self) -> None:
         """Refuse when not even the record of an update would fit the data partition."""
-        from updater.device.files import free_bytes  # noqa: PLC0415
-
         try:
-            free = free_bytes(self.config.data_dir)
+            free = self.ports.machine.free_bytes(self.config.data_dir)
         except OSError as error:
             raise StoreError(f"{self.config.data_dir}: {error.strerror}") from error
         if free < _MIN_FREE_BYTES:

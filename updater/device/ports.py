@@ -15,6 +15,7 @@ from updater.device.model import Outcome, State, Update
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable, Iterator
 
     from updater.artifact import ArtifactReader, PayloadFile
@@ -73,6 +74,10 @@ class Machine(Protocol):
         """Return a text that is different after every restart."""
         ...
 
+    def free_bytes(self, path: str) -> int:
+        """Return how much may still be written to the file system of `path`; or OSError."""
+        ...
+
 
 class BootEnvironment(Protocol):
     """The boot loader's variables (`bootenv_uboot.py`, `bootenv_grub.py`)."""
@@ -83,6 +88,22 @@ class BootEnvironment(Protocol):
 
     def write(self, values: Mapping[str, str]) -> None:
         """Set the variables, all or nothing, durable on return."""
+        ...
+
+
+class DatabaseFiles(Protocol):
+    """Where the state store's files are (`store.py`); errors are sqlite3's, or OSErrors."""
+
+    def connect(self, path: str) -> sqlite3.Connection:
+        """Open the database, making it if there is none."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """Say whether there is such a file."""
+        ...
+
+    def set_aside(self, path: str, to: str) -> None:
+        """Rename a database to `to`, and remove what SQLite keeps beside it."""
         ...
 
 

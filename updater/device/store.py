@@ -4,8 +4,8 @@ Journal mode DELETE with synchronous=EXTRA: the rollback journal is synced befor
 touched, and the directory after the journal's removal, so that a power cut leaves the old or the
 new state and an acknowledged transaction stays (sqlite.org/pragma.html#pragma_synchronous; WAL
 would keep two more files for no gain at ten transactions an update). A database from a newer
-client is refused untouched. A corrupt one is set aside, because a device must not need a person
-to update again.
+client is refused untouched. A corrupt or unreadable one is set aside, because a device must not
+need a person to update again.
 
 A store of an older client is migrated, in one transaction, but not while an update is in progress
 in it: if the system on trial is left again, the older client must still find its own record. Until
@@ -21,6 +21,10 @@ from typing import TypeVar
 
 from updater.device.errors import StoreError
 from updater.device.model import Outcome, Part, Result, State, Update
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from updater.device.ports import DatabaseFiles
 
 _SCHEMA_VERSION = 2
 _LOCK_TIMEOUT_S = 10.0
@@ -56,6 +60,11 @@ ALTER TABLE outcome ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
 _COLUMNS_1 = "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
 _COLUMNS_2 = f"{_COLUMNS_1}, kind, part, steps, result, inconsistent, reboot, reverts, deployment"
 _KEEP_OUTCOMES = 100
+# SQLITE_CORRUPT and SQLITE_NOTADB (sqlite.org/rescode.html).
+_CORRUPT = (11, 26)
+# SQLITE_IOERR_READ, _SHORT_READ and _WRITE: a store is opened by reading, and where an unfinished
+# transaction is undone, by writing parts of blocks, which are read first.
+_UNREADABLE = (10 | 1 << 8, 10 | 2 << 8, 10 | 3 << 8)
 
 
 def database_path(data_dir: str) -> str:
@@ -63,11 +72,35 @@ def database_path(data_dir: str) -> str:
     return f"{data_dir}/state.db"
 
 
+class SystemFiles:
+    """Where the database's files are: the device's own file system."""
+
+    def connect(self, path: str) -> sqlite3.Connection:
+        """Open the database, making it if there is none."""
+        return sqlite3.connect(
+            path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, cached_statements=16
+        )
+
+    def exists(self, path: str) -> bool:
+        """Say whether there is such a file."""
+        return os.path.exists(path)  # noqa: PTH110
+
+    def set_aside(self, path: str, to: str) -> None:
+        """Rename a database to `to`, and remove what SQLite keeps beside it."""
+        os.replace(path, to)  # noqa: PTH105 - boot path
+        for suffix in ("-journal", "-wal", "-shm"):
+            try:
+                os.unlink(path + suffix)  # noqa: PTH108 - boot path
+            except FileNotFoundError:
+                continue
+
+
 class SqliteStore:
     """The store at `path`; opened, and created if needed, at the first use."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: DatabaseFiles | None = None) -> None:
         self._path = path
+        self._files = files or SystemFiles()
         self._connection: sqlite3.Connection | None = None
         self._version = _SCHEMA_VERSION
         self.set_aside: str | None = None
@@ -239,39 +272,50 @@ class SqliteStore:
         return self._transaction(read)
 
     def _exists(self) -> bool:
-        return self._connection is not None or os.path.exists(self._path)  # noqa: PTH110
+        return self._connection is not None or self._files.exists(self._path)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], _T], kind: str = "DEFERRED") -> _T:
         try:
-            connection = self._connect()
-            connection.execute(f"BEGIN {kind}")
             try:
-                result = work(connection)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-            return result
+                return self._attempt(work, kind)
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _CORRUPT:
+                    raise
+                # The damage lay behind what opening had looked at.
+                self.close()
+                self._set_aside()
+                return self._attempt(work, kind)
         except (sqlite3.Error, OSError, ValueError) as error:
             raise StoreError(f"{self._path}: {error}") from error
+
+    def _attempt(self, work: Callable[[sqlite3.Connection], _T], kind: str) -> _T:
+        connection = self._connect()
+        connection.execute(f"BEGIN {kind}")
+        try:
+            result = work(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return result
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
             try:
                 self._connection = self._open()
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError:
-                # "not a database", "malformed": OperationalError above is the disk or the lock.
+            except sqlite3.DatabaseError as error:
+                # "Not a database", "malformed", or a sector that a power cut left unreadable. Any
+                # other OperationalError is a full disk, the lock, or a write that failed.
+                unreadable = getattr(error, "sqlite_errorcode", 0) in _UNREADABLE
+                if isinstance(error, sqlite3.OperationalError) and not unreadable:
+                    raise
                 self._set_aside()
                 self._connection = self._open()
         return self._connection
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path, timeout=_LOCK_TIMEOUT_S, isolation_level=None, cached_statements=16
-        )
+        connection = self._files.connect(self._path)
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > _SCHEMA_VERSION:
@@ -311,9 +355,4 @@ class SqliteStore:
 
     def _set_aside(self) -> None:
         self.set_aside = f"{self._path}.corrupt"
-        os.replace(self._path, self.set_aside)  # noqa: PTH105 - boot path
-        for suffix in ("-journal", "-wal", "-shm"):
-            try:
-                os.unlink(self._path + suffix)  # noqa: PTH108 - boot path
-            except FileNotFoundError:
-                continue
+        self._files.set_aside(self._path, self.set_aside)

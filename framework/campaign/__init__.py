@@ -1,0 +1,1 @@
+"""Many runs at once: simulated lifetimes, seeded searches, shrinking."""

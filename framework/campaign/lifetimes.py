@@ -1,0 +1,408 @@
+"""One lifetime of a simulated device: an update, its faults, what was seen, and the verdict.
+
+A *schedule* is everything that a lifetime depends on: the images, what the operator does, and the
+faults with the operation, byte or moment at which each strikes. The same schedule gives the same
+lifetime, byte for byte; that is what is printed, shrunk and kept in a bundle. The events are those
+of an emulated run, and the judge is the same (`framework.verdict`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from typing import Final
+
+from framework.disk.models import CacheModel, model_from
+from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS, read_copies
+from framework.targets.simulated.device import (
+    CANARY,
+    CANARY_CONTENT,
+    DATA_BYTES,
+    DATA_OFFSET,
+    ENVIRONMENT,
+    IMAGE_BYTES,
+    Command,
+    Start,
+    make_image,
+    read_head,
+)
+from framework.targets.simulated.drive import Action, PowerLost, Step
+from framework.targets.simulated.filesystem import FileSystem, FileSystemError
+from framework.targets.simulated.laboratory import Laboratory
+from framework.verdict import (
+    BootEnvironment,
+    BootSeen,
+    CommitReached,
+    Committed,
+    DataChecked,
+    DiskSeen,
+    Event,
+    ImageFacts,
+    InstallEnded,
+    InstallStarted,
+    PowerCut,
+    RetryEnded,
+    Run,
+    SlotContent,
+    SlotState,
+    StatusRead,
+    Verdict,
+    judge,
+)
+
+RECOVERIES: Final = 40
+"""Power cuts that one lifetime may have; a schedule has fewer."""
+
+CACHE_MODELS: Final = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
+"""The models that an updater must survive; a drive that lies is none of them."""
+
+KERNELS: Final = 2
+"""Kernels that one start may take: the trial, and after it the system that was there before."""
+
+DRIVE_FAULTS: Final = ("cut", "error", "flip")
+NETWORK_FAULTS: Final = ("break", "corrupt")
+"""A download that ends at a byte, or has one byte changed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        at: drive operation, counted over the whole lifetime from 1; for a network fault the byte
+            of the artifact.
+        kind: one of DRIVE_FAULTS or NETWORK_FAULTS.
+        model: the cache model of a cut, by name; "torn:4096" is torn with that granularity.
+        seed: of the model's choice.
+    """
+
+    at: int
+    kind: str = "cut"
+    model: str = "kept"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """The fault as a sentence's part."""
+        if self.kind == "cut":
+            return f"power cut at operation {self.at}, {self.model} (seed {self.seed})"
+        what = {
+            "error": "I/O error at operation",
+            "flip": "bit flip in operation",
+            "break": "connection broken at byte",
+            "corrupt": "byte changed at",
+        }[self.kind]
+        return f"{what} {self.at}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Schedule:
+    """Everything that a lifetime depends on.
+
+    Attributes:
+        faults: in no particular order.
+        behaviour: of the new image: well, panics, hangs, unhealthy.
+        actions: what the operator does after the first start: "stage" (install), "restart",
+            "install" (both, the second if the first went well), "rollback", "commit".
+        early: how often of 256 times the kernel writes a page back unasked.
+        seed: of `early`.
+        fresh: the client has never run on the device, so that it has no state store.
+    """
+
+    faults: tuple[Fault, ...] = ()
+    behaviour: str = "well"
+    actions: tuple[str, ...] = ("install",)
+    early: int = 0
+    seed: int = 0
+    fresh: bool = False
+
+    def to_json(self) -> str:
+        """The schedule in one line, for a command line or a bundle."""
+        values = dataclasses.asdict(self)
+        values["faults"] = [list(dataclasses.astuple(fault)) for fault in self.faults]
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read what `to_json` wrote. ValueError if it is not that."""
+        try:
+            values = json.loads(text)
+            faults = tuple(Fault(*fault) for fault in values.pop("faults"))
+            actions = tuple(values.pop("actions"))
+            return cls(faults=faults, actions=actions, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no schedule: {error}") from error
+
+    def __str__(self) -> str:
+        """The schedule for people."""
+        faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
+        return f"{', '.join(self.actions)} an image that is {self.behaviour}: {faults}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Strike:
+    """A fault that struck: its kind, for people `what` (a cut's model), where, in which state."""
+
+    kind: str
+    what: str
+    at: int
+    state: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lifetime:
+    """What became of a schedule: the verdict, and what it is made of."""
+
+    schedule: Schedule
+    verdict: Verdict
+    events: tuple[Event, ...]
+    lines: tuple[str, ...]
+    operations: int
+    """Drive operations of the whole lifetime."""
+    exposed: int
+    """How many of them faults could strike: the last retry is spared."""
+    struck: tuple[Strike, ...]
+
+
+def live(laboratory: Laboratory, schedule: Schedule) -> Lifetime:
+    """Run one lifetime and judge it."""
+    return _Life(laboratory, schedule).run()
+
+
+class _Plan:
+    """Turns a schedule's drive faults into actions, and tells `strike` what struck."""
+
+    def __init__(self, faults: tuple[Fault, ...], strike: Callable[[Fault], None]) -> None:
+        self._strike = strike
+        self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
+        self.cut = (model_from("kept"), 0)
+        self.last = 0
+
+    def at(self, step: Step) -> Action:
+        fault = self._faults.pop(step.number, None)
+        if fault is None:
+            return ""
+        self._strike(fault)
+        self.last = step.number
+        self.cut = (_model(fault.model), fault.seed)
+        if fault.kind == "cut":
+            self.model, self.seed = fault.model, fault.seed
+            return "cut"
+        return "error" if fault.kind == "error" else "flip"
+
+    model = ""
+    seed = 0
+
+    def disarm(self) -> None:
+        """From here on nothing goes wrong."""
+        self._faults.clear()
+
+
+_MODELS: dict[str, CacheModel] = {}
+
+
+def _model(name: str) -> CacheModel:
+    if name not in _MODELS:
+        kind, _, unit = name.partition(":")
+        _MODELS[name] = model_from(kind, {"granularity": int(unit)} if unit else None)
+    return _MODELS[name]
+
+
+class _Life:
+    def __init__(self, laboratory: Laboratory, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._plan = _Plan(schedule.faults, self._strike)
+        self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
+        early = None
+        if schedule.early:
+            chance, draw = schedule.early, random.Random(schedule.seed)  # noqa: S311 - replays
+            early = lambda: draw.getrandbits(8) < chance  # noqa: E731
+        self._images = {
+            "v1": make_image("v1"),
+            "v2": make_image("v2", schedule.behaviour),
+            "v3": make_image("v3"),
+        }
+        self._device = laboratory.device(
+            schedule.behaviour,
+            fresh=schedule.fresh,
+            plan=self._plan,
+            early=early,
+            network=self._download,
+        )
+        self._device.listener = self._heard
+        self._events: list[Event] = []
+        self._state = "Idle"
+        self._struck: list[Strike] = []
+        self._installing = "v2"
+        self._running = ""
+
+    def run(self) -> Lifetime:
+        self._start(self._device.start)
+        for action in self._schedule.actions:
+            if action in ("install", "stage"):
+                self._update("v2", restart=action == "install")
+            elif action == "restart":
+                self._start(self._device.restart)
+            else:
+                self._command(action)
+        exposed = self._device.drive.operations
+        self._plan.disarm()
+        self._network.clear()
+        if self._schedule.behaviour == "well":
+            self._retry("v2")
+        else:
+            self._status()
+            self._retry("v3")
+        facts = {
+            name: ImageFacts(
+                name, "", IMAGE_BYTES, healthy=name != "v2" or self._schedule.behaviour == "well"
+            )
+            for name in self._images
+        }
+        run = Run(facts, "v1", tuple(self._events), boot_limit=KERNELS)
+        return Lifetime(
+            self._schedule,
+            judge(run),
+            run.events,
+            tuple(self._device.lines),
+            self._device.drive.operations,
+            exposed,
+            tuple(self._struck),
+        )
+
+    # Steps, each of which a power cut may end.
+
+    def _start(self, how: Callable[[], Start]) -> bool:
+        """Start until no cut comes in between; say whether the device is ready."""
+        for _ in range(RECOVERIES):
+            try:
+                start = how()
+            except PowerLost:
+                self._power_went()
+                how = self._device.start
+                continue
+            self._running = start.image.name if start.image else ""
+            self._events.append(
+                BootSeen(
+                    ready=start.ready,
+                    version=self._running or None,
+                    slot=start.slot or None,
+                    attempts=start.kernels,
+                    evidence=start.evidence,
+                )
+            )
+            return start.ready
+        raise AssertionError("more power cuts than any schedule has")
+
+    def _update(self, name: str, *, restart: bool = True) -> None:
+        self._installing = name
+        self._events.append(InstallStarted(name))
+        command = self._command("install", name)
+        if command is None:
+            self._events.append(InstallEnded(name, None))
+            return
+        self._events.append(InstallEnded(name, command.exit_code, command.cause))
+        self._look("after the install")
+        if restart and command.exit_code in (0, 4) and self._start(self._device.restart):
+            self._status()
+            self._look("after the restart")
+
+    def _command(self, verb: str, source: str = "") -> Command | None:
+        """Run a command; None when the power went, after the device has been started again."""
+        if not self._running:
+            return None
+        try:
+            command = self._device.run(verb, source)
+        except PowerLost:
+            self._power_went()
+            self._start(self._device.start)
+            return None
+        if verb != "install" and command.exit_code == 4:
+            self._start(self._device.restart)
+        return command
+
+    def _retry(self, name: str) -> None:
+        # What waits for a restart gets it first, and may turn out to be the same.
+        self._start(self._device.restart)
+        if self._running != name:
+            self._update(name)
+        there = self._running == name
+        seen = self._look("at the end")
+        committed = there and not seen.environment.upgrade_available
+        self._events.append(RetryEnded(name, committed, f"runs {self._running or 'nothing'}"))
+        self._check_data()
+        self._status()
+
+    def _power_went(self) -> None:
+        self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
+        self._device.drive.power_on()
+        self._look("after the cut")
+        self._check_data()
+
+    def _status(self) -> None:
+        if not self._running:
+            return
+        status = self._device.status()
+        if status is not None:
+            self._events.append(StatusRead(*status))
+
+    def _strike(self, fault: Fault) -> None:
+        what = fault.model if fault.kind == "cut" else fault.kind
+        self._struck.append(Strike(fault.kind, what, fault.at, self._state))
+
+    # Witnesses.
+
+    def _look(self, moment: str) -> DiskSeen:
+        found = read_copies(self._device.drive, ENVIRONMENT)
+        variables = found.variables
+        count = variables.get("bootcount", "0")
+        environment = BootEnvironment(
+            valid_copies=found.valid_copies,
+            boot_slot=SLOTS.get(variables.get("mender_boot_part", "")),
+            upgrade_available=variables.get("upgrade_available") == "1",
+            bootcount=int(count) if count.isdigit() else 0,
+            bootlimit=BOOTLIMIT,
+        )
+        seen = DiskSeen(moment, {slot: self._slot(slot) for slot in ("a", "b")}, environment)
+        self._events.append(seen)
+        return seen
+
+    def _slot(self, slot: str) -> SlotState:
+        content = self._device.read_slot(slot)
+        for name, image in self._images.items():
+            if content == image:
+                return SlotState(SlotContent.IMAGE, name)
+        if read_head(content) is None:
+            return SlotState(SlotContent.UNLOADABLE)
+        return SlotState(SlotContent.MIXED)
+
+    def _check_data(self) -> None:
+        try:
+            data = FileSystem(self._device.drive, DATA_OFFSET, DATA_BYTES)
+            intact = data.read(CANARY, 0, len(CANARY_CONTENT)) == CANARY_CONTENT
+            detail = "" if intact else "the canary has changed"
+        except (FileSystemError, KeyError) as error:
+            self._events.append(DataChecked(False, False, str(error)))
+            return
+        self._events.append(DataChecked(True, intact, detail))
+
+    def _heard(self, line: str) -> None:
+        if line.startswith("state "):
+            self._state = line[6:]
+            if self._state == "ArtifactCommit":
+                self._events.append(CommitReached(self._installing))
+        elif line.startswith("committed "):
+            name, _, rest = line[10:].partition(" (slot ")
+            self._events.append(Committed(name, rest[:1]))
+
+    def _download(self, location: str, content: bytes) -> tuple[bytes, bool]:
+        """Let the network faults strike, each once, in order."""
+        if location != "v2" or not self._network:
+            return content, False
+        fault = self._network.pop(0)
+        at = fault.at % len(content)
+        self._strike(fault)
+        if fault.kind == "break":
+            return content[:at], True
+        return content[:at] + bytes((content[at] ^ 0x40,)) + content[at + 1 :], False

@@ -1,0 +1,249 @@
+"""`brownout simulate`: simulated lifetimes over all cores, with progress, coverage and replay.
+
+What a lifetime is and how schedules are drawn is `framework.campaign`'s; here are the processes,
+the display, the files of violations, and the exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import frozen
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from framework.campaign.lifetimes import CACHE_MODELS, Fault, Schedule, live
+from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
+from framework.targets.errors import SimulationError
+from framework.targets.simulated.laboratory import Laboratory
+
+FILE_VERSION: Final = 1
+EXIT_CLEAN: Final = 0
+EXIT_VIOLATIONS: Final = 1
+MAX_FILES: Final = 20
+"""Violations that are shrunk and kept; more are counted."""
+
+
+@frozen
+class Search:
+    """What to live through: random lifetimes, and whether every single and double cut too.
+
+    Attributes:
+        lifetimes: random ones; rounded up to whole batches.
+        seed: of all of them.
+        workers: processes.
+        single: every cut of one update, under every model.
+        double: cache models under which every pair of cuts of one update is lived through.
+    """
+
+    lifetimes: int
+    seed: int
+    workers: int
+    single: bool = False
+    double: tuple[str, ...] = ()
+
+
+def run_simulate(search: Search, output: Path, console: Console) -> int:
+    """Live through `search`; keep violations in `output`; return the exit code."""
+    begun = time.monotonic()
+    tally = Tally()
+    jobs = list(_jobs(search))
+    with (
+        Progress(
+            TextColumn("simulated lifetimes"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[bad]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as progress,
+        _pool(search.workers) as pool,
+    ):
+        task = progress.add_task("", total=len(jobs), rate="", bad="")
+        for part in _run(pool, jobs, search.workers):
+            tally.add(part)
+            elapsed = time.monotonic() - begun
+            bad = f"[red]{len(tally.found)} violations" if tally.found else ""
+            rate = f"{tally.lifetimes} at {tally.lifetimes / elapsed:.0f}/s"
+            progress.update(task, advance=1, rate=rate, bad=bad)
+    elapsed = time.monotonic() - begun
+    _show(console, search, tally, elapsed)
+    if not tally.found:
+        return EXIT_CLEAN
+    _keep(tally.found, output, console)
+    return EXIT_VIOLATIONS
+
+
+def run_replay(given: str, console: Console) -> int:
+    """Live through one schedule (a violation's file, or the schedule itself) and show it."""
+    text = given
+    if not given.lstrip().startswith("{"):
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SimulationError(f"{given}: {error}") from error
+    schedule = _read_schedule(text, given)
+    laboratory = Laboratory()
+    try:
+        lifetime = live(laboratory, schedule)
+    finally:
+        laboratory.close()
+    console.print(str(schedule), highlight=False, markup=False)
+    for line in lifetime.lines:
+        console.print(f"  {line}", highlight=False, markup=False)
+    console.print(f"verdict: {lifetime.verdict}", highlight=False, markup=False)
+    for finding in lifetime.verdict.findings:
+        if finding.held is False:
+            console.print(f"  {finding.invariant}: {finding.evidence}", markup=False)
+    return EXIT_VIOLATIONS if lifetime.verdict.violated else EXIT_CLEAN
+
+
+def _read_schedule(text: str, name: str) -> Schedule:
+    try:
+        values = json.loads(text)
+        if isinstance(values, dict) and "schedule" in values:
+            if values.get("version") != FILE_VERSION:
+                raise SimulationError(
+                    f"{name}: version {values.get('version')!r}; this program reads {FILE_VERSION}"
+                )
+            text = json.dumps(values["schedule"])
+        return Schedule.from_json(text)
+    except ValueError as error:
+        raise SimulationError(f"{name}: no schedule of a simulated lifetime: {error}") from error
+
+
+Job = tuple[str, tuple[Any, ...]]
+
+
+def _jobs(search: Search) -> Iterator[Job]:
+    """What the workers do, as plain values; each job is its own, whoever does it."""
+    laboratory = Laboratory()
+    try:
+        operations = live(laboratory, Schedule()).exposed
+    finally:
+        laboratory.close()
+    if search.single:
+        yield from (("single", (operations, model)) for model in CACHE_MODELS)
+    for model in search.double:
+        yield from (("double", (at, model)) for at in range(1, operations + 1))
+    batches = -(-search.lifetimes // BATCH)
+    yield from (("batch", (search.seed, number)) for number in range(batches))
+
+
+_laboratory: Laboratory | None = None
+
+
+def _begin_worker() -> None:
+    """Leave interrupts to the parent; what a worker makes is its own."""
+    global _laboratory  # noqa: PLW0603 - one a process, as SQLite's VFS is
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _laboratory = Laboratory()
+
+
+def _work(job: Job) -> Tally:
+    assert _laboratory is not None
+    kind, arguments = job
+    if kind == "batch":
+        return batch(_laboratory, *arguments)
+    tally = Tally()
+    if kind == "single":
+        operations, model = arguments
+        for schedule in singles(operations, (model,)):
+            tally.take(live(_laboratory, schedule))
+        return tally
+    at, model = arguments
+    for lifetime in doubles(_laboratory, Fault(at, "cut", model, at)):
+        tally.take(lifetime)
+    return tally
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # "spawn": a worker starts with nothing of this process's, neither threads nor VFS.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        children = list(pool._processes or ())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        raise
+    pool.shutdown()
+
+
+def _run(pool: ProcessPoolExecutor, jobs: list[Job], workers: int) -> Iterator[Tally]:
+    """Yield the tallies as they come in; a few jobs are waiting at any time, not all of them."""
+    waiting: set[Future[Tally]] = set()
+    todo = iter(jobs)
+    while True:
+        while len(waiting) < 2 * workers and (job := next(todo, None)) is not None:
+            waiting.add(pool.submit(_work, job))
+        if not waiting:
+            return
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
+
+
+def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> None:
+    rate = tally.lifetimes / elapsed_s
+    console.print(
+        f"{tally.lifetimes:,} lifetimes, {tally.operations:,} drive operations, {tally.fired:,}"
+        f" faults struck, in {elapsed_s:.1f} s ({rate:.0f}/s with {search.workers} processes,"
+        f" seed {search.seed})",
+        highlight=False,
+    )
+    kinds = sorted({what for _, what in tally.struck})
+    table = Table("state of the client", *kinds, title="faults that struck")
+    for state in sorted({state for state, _ in tally.struck}):
+        table.add_row(state, *(str(tally.struck.get((state, kind), 0)) for kind in kinds))
+    console.print(table)
+    console.print(f"power was cut at {len(tally.positions)} different operations", highlight=False)
+    for verdict, count in sorted(tally.verdicts.items()):
+        console.print(f"{verdict}: {count:,}", highlight=False)
+
+
+def _keep(found: list[Found], output: Path, console: Console) -> None:
+    """Shrink the violations, write a file for each different one, say how to replay it."""
+    laboratory = Laboratory()
+    kept: dict[str, str] = {}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for violation in found[:MAX_FILES]:
+            smallest, runs = shrink(laboratory, violation.schedule, violation.violated[0])
+            text = smallest.to_json()
+            if text in kept:
+                continue
+            lifetime = live(laboratory, smallest)
+            path = output / f"violation-{len(kept) + 1}.json"
+            kept[text] = str(path)
+            values = {
+                "version": FILE_VERSION,
+                "schedule": json.loads(text),
+                "drawn": json.loads(violation.schedule.to_json()),
+                "verdict": str(lifetime.verdict),
+                "findings": violation.detail,
+                "console": lifetime.lines,
+                "shrunk_in_runs": runs,
+            }
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            console.print(f"{lifetime.verdict}: {smallest}", highlight=False, markup=False)
+            console.print(f"  brownout simulate --replay {path}", highlight=False, markup=False)
+    except OSError as error:
+        raise SimulationError(f"{output}: {error.strerror}") from error
+    finally:
+        laboratory.close()

@@ -1,0 +1,529 @@
+"""The simulated device: one drive, and everything that runs on it from power-on to power-off.
+
+The client is the shipped one, with every port taken by this device: slots and environment are
+ranges of the drive, the store is SQLite on the data partition, time passes only when someone waits.
+An *image* is a few pages that say in their head what they are and how they behave: they start, or
+panic, hang, fail their health check. What the device does is told as lines, like a console, and as
+the events that `framework.verdict` judges; the disk is read behind the device's back.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+from framework.disk.ubootenv import build_copy
+from framework.targets.simulated.bootloader import (
+    PARTS,
+    Bootloader,
+    Choice,
+    EnvironmentArea,
+    read_copies,
+)
+from framework.targets.simulated.database import Connection, DataVfs
+from framework.targets.simulated.drive import Drive, DriveError, Plan
+from framework.targets.simulated.filesystem import (
+    PAGE,
+    FileSystem,
+    FileSystemError,
+    format_region,
+)
+from updater.cli import EXIT_ERROR, EXIT_OK, EXIT_REBOOT_NEEDED, last_word, operate
+from updater.device import console
+from updater.device.client import Client, Ports
+from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
+from updater.device.errors import (
+    BootEnvError,
+    HealthError,
+    InterruptedBySignal,
+    SlotError,
+    StoreError,
+    TransportError,
+)
+from updater.device.model import Outcome, Result
+from updater.device.store import SqliteStore
+
+ENVIRONMENT: Final = EnvironmentArea(0, 64 << 10, 4 << 10)
+SLOT_BYTES: Final = 96 << 10
+IMAGE_BYTES: Final = 88 << 10
+SLOT_OFFSETS: Final = {"a": 128 << 10, "b": (128 << 10) + SLOT_BYTES}
+DATA_OFFSET: Final = SLOT_OFFSETS["b"] + SLOT_BYTES
+DATA_BYTES: Final = 192 << 10
+DRIVE_BYTES: Final = DATA_OFFSET + DATA_BYTES
+DATABASE: Final = "state.db"
+CANARY: Final = "canary"
+CANARY_CONTENT: Final = bytes(range(256)) * 8
+STARTS_LIMIT: Final = 6
+"""Kernel starts that one start of the device may take; more is a reboot loop."""
+
+_IMAGE_MAGIC: Final = b"SIMIMAGE"
+BEHAVIOURS: Final = ("well", "panics", "hangs", "unhealthy")
+SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
+
+
+class ImageFile(NamedTuple):
+    """What an image's head says."""
+
+    name: str
+    behaviour: str
+
+
+@lru_cache(maxsize=64)
+def make_image(name: str, behaviour: str = "well") -> bytes:
+    """Make an image: a head that says what it is, and bytes of its own."""
+    head = _IMAGE_MAGIC + json.dumps([name, behaviour]).encode()
+    body = random.Random(name).randbytes(IMAGE_BYTES - 512)  # noqa: S311 - not a secret
+    return head.ljust(512, b"\0") + body
+
+
+def read_head(content: bytes) -> ImageFile | None:
+    """Read what an image's first sector says; None if there is no image."""
+    if not content.startswith(_IMAGE_MAGIC):
+        return None
+    try:
+        name, behaviour = json.loads(content[len(_IMAGE_MAGIC) : 512].rstrip(b"\0"))
+    except ValueError:
+        return None
+    return ImageFile(name, behaviour)
+
+
+@lru_cache(maxsize=8)
+def factory_content(name: str) -> bytes:
+    """Return the drive of a new device that runs image `name` in slot a."""
+    content = bytearray(DRIVE_BYTES)
+    variables = {
+        "mender_boot_part": "2",
+        "mender_boot_part_hex": "2",
+        "upgrade_available": "0",
+        "bootcount": "0",
+    }
+    for flags, offset in enumerate(ENVIRONMENT.offsets, 1):
+        content[offset : offset + ENVIRONMENT.size] = build_copy(
+            variables, ENVIRONMENT.size, flags=flags
+        )
+    content[SLOT_OFFSETS["a"] : SLOT_OFFSETS["a"] + IMAGE_BYTES] = make_image(name)
+    format_region(content, DATA_OFFSET, DATA_BYTES)
+    drive = Drive(content)
+    data = FileSystem(drive, DATA_OFFSET, DATA_BYTES)
+    data.create(CANARY)
+    data.write(CANARY, 0, CANARY_CONTENT)
+    data.unmount()
+    return drive.read(0, DRIVE_BYTES)
+
+
+class Command(NamedTuple):
+    """How a command of the client ended; `cause` is the last error that it told."""
+
+    exit_code: int
+    cause: str
+
+
+class Start(NamedTuple):
+    """How a start of the device ended; `kernels` counts the kernels started on the way."""
+
+    ready: bool
+    image: ImageFile | None
+    slot: str
+    kernels: int
+    evidence: str
+
+
+class Surroundings(NamedTuple):
+    """What is outside the device: the artifacts by location, and the client's configuration.
+
+    `network` may take the bytes of a download away or change them: it gets location and content
+    and returns the content and whether the connection breaks at its end.
+    """
+
+    artifacts: Mapping[str, bytes]
+    keys: tuple[str, ...]
+    artifact_info: Mapping[str, str]
+    network: Callable[[str, bytes], tuple[bytes, bool]] = lambda location, content: (content, False)
+
+
+class SimulatedDevice:
+    """One device over many starts.
+
+    `content` is the drive's at the start, `plan` acts on its operations. `early` is the kernel's
+    habit of writing pages back when it likes. `client` makes the client, the shipped one unless a
+    bug is planted; `quirks` are the boot loader's.
+    """
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        *,
+        vfs: DataVfs,
+        plan: Plan | None = None,
+        early: Callable[[], bool] | None = None,
+        client: Callable[[Config, Ports], Client] = Client,
+        quirks: frozenset[str] = frozenset(),
+        content: bytes,
+    ) -> None:
+        self.surroundings = surroundings
+        self.drive = Drive(content, plan)
+        self.lines: list[str] = []
+        self.listener: Callable[[str], None] = lambda line: None
+        self.now = 1000.0
+        self.starts = 0
+        self.slot = ""
+        self.image: ImageFile | None = None
+        self.data: FileSystem | None = None
+        self._vfs = vfs
+        self._early = early
+        self._client = client
+        self._quirks = quirks
+        vfs.restart()
+
+    # What a person or the harness does.
+
+    def start(self) -> Start:
+        """Give the device power, or reset it; return when it is ready or has used up its starts.
+
+        PowerLost goes through.
+        """
+        self.drive.power_on()
+        self.image, self.slot = None, ""
+        evidence = "no slot can be booted"
+        for kernels in range(1, STARTS_LIMIT + 1):
+            self.starts += 1
+            self.data = self._vfs.disk = None
+            choice = self._boot_loader()
+            if choice.slot is None:
+                continue
+            image = read_head(self._read_slot(choice.slot, 512))
+            if image is None or image.behaviour in ("panics", "hangs"):
+                evidence = f"slot {choice.slot}: {image.behaviour if image else 'panics'}"
+                continue
+            evidence = self._initialise(image, choice)
+            if not evidence:
+                self.image, self.slot = image, choice.slot
+                return Start(True, image, choice.slot, kernels, "")
+        return Start(False, None, "", STARTS_LIMIT, evidence)
+
+    def restart(self) -> Start:
+        """Restart in good order: everything is written first."""
+        self._unmount()
+        return self.start()
+
+    def run(self, verb: str, source: str = "") -> Command:
+        """Run a command of the client in the running system; PowerLost goes through."""
+        causes: list[str] = []
+
+        def listen(line: str) -> None:
+            self._line(line)
+            if line.startswith("error: "):
+                causes.append(line[7:])
+
+        store = self._store()
+        with console.captured(listen):
+            try:
+                code = operate(self._make_client(store), verb, source)
+            except (InterruptedBySignal, Exception) as error:  # noqa: BLE001 - as `updater` does
+                code = last_word(error)
+            finally:
+                store.close()
+        return Command(code, causes[-1] if causes else "")
+
+    def status(self) -> tuple[str, str, str] | None:
+        """Return what the client says: the artifact it runs, the last outcome and its cause.
+
+        None when it says nothing but an error.
+        """
+        store = self._store()
+        try:
+            name = self._make_client(store).artifact_name()
+            last = store.last_outcome()
+        except StoreError as error:
+            self.lines.append(f"status: {error}")
+            return None
+        finally:
+            store.close()
+        return (name, str(last.result), last.cause) if last else (name, "", "")
+
+    def provision(self) -> None:
+        """Make an empty state store, and write everything."""
+        store = self._store()
+        store.mark_reported(Outcome(Result.FAILED, "", "", "", 0))
+        store.close()
+        self._unmount()
+
+    def read_slot(self, slot: str) -> bytes:
+        """Return a slot's image as the drive holds it, read from outside the device."""
+        offset = SLOT_OFFSETS[slot]
+        return bytes(self.drive._current[offset : offset + IMAGE_BYTES])
+
+    # From the boot loader to the ready line.
+
+    def _boot_loader(self) -> Choice:
+        def loads(slot: str) -> bool:
+            return read_head(self._read_slot(slot, 512)) is not None
+
+        choice = Bootloader(self.drive, ENVIRONMENT, loads, self._quirks).start()
+        self.lines.append(f"booting slot {choice.slot} trial={int(choice.trial)}")
+        return choice
+
+    def _initialise(self, image: ImageFile, choice: Choice) -> str:
+        """What init does: mount, mend the environment, `updater resume`; "" once ready."""
+        self.slot, self.image = str(choice.slot), image
+        try:
+            self.data = FileSystem(self.drive, DATA_OFFSET, DATA_BYTES, self._early)
+        except FileSystemError as error:
+            self.lines.append(f"data lost: {error.strerror}")
+            self.data = _in_memory()
+        self._vfs.disk = self.data
+        if choice.environment == 0:
+            part = PARTS[self.slot]
+            for name in ("mender_boot_part", "mender_boot_part_hex"):
+                try:
+                    self.write({name: part}, {"bootcount": "0", "upgrade_available": "0"})
+                except BootEnvError as error:
+                    self.lines.append(f"init: {error}")
+        command = self.run("resume")
+        if command.exit_code == EXIT_REBOOT_NEEDED:
+            self._unmount()
+            return f"slot {self.slot} asked for a restart: {command.cause}"
+        return ""
+
+    def _unmount(self) -> None:
+        try:
+            if self.data is not None:
+                self.data.unmount()
+        except FileSystemError as error:
+            # init restarts all the same, as `reboot -f` does.
+            self.lines.append(f"init: /data: {error.strerror}")
+
+    def _read_slot(self, slot: str, length: int) -> bytes:
+        try:
+            return self.drive.read(SLOT_OFFSETS[slot], length)
+        except DriveError:
+            return b""
+
+    def _line(self, line: str) -> None:
+        self.lines.append(f"updater: {line}")
+        self.listener(line)
+
+    # The ports.
+
+    def _make_client(self, store: SqliteStore) -> Client:
+        assert self.image is not None
+        config = Config(
+            path="updater.toml",
+            device_type="simulated",
+            data_dir="/data",
+            artifact_info=self.surroundings.artifact_info[self.image.name],
+            slots=SLOTS,
+            bootenv=BootEnvConfig("uboot", "fw_env.config", ()),
+            ca_file=None,
+            artifact_keys=self.surroundings.keys,
+            health_directory=None,
+            health_timeout_s=30.0,
+            download=DownloadConfig(),
+        )
+        ports = Ports(
+            machine=_Machine(self),
+            bootenv=self,
+            store=store,
+            clock=_Clock(self),
+            transport=_Transport(self),
+            reboot=_Reboot(),
+            health=_Health(self),
+        )
+        return self._client(config, ports)
+
+    def _store(self) -> SqliteStore:
+        return SqliteStore(DATABASE, _Files(self))
+
+    def read(self) -> dict[str, str]:
+        """The boot environment's variables (the client's port)."""
+        found = read_copies(self.drive, ENVIRONMENT)
+        if found.current is None:
+            raise BootEnvError("boot environment: no copy is valid")
+        return dict(found.variables)
+
+    def write(self, values: Mapping[str, str], default: Mapping[str, str] | None = None) -> None:
+        """Put the whole environment over the older copy, and flush: libubootenv's way."""
+        found = read_copies(self.drive, ENVIRONMENT)
+        where, flags = 0, 1
+        if found.current is not None:
+            where = 1 - found.current
+            flags = ((found.copies[found.current].flags or 0) + 1) % 256
+        variables = {**(found.variables or default or {}), **values}
+        try:
+            self.drive.write(
+                ENVIRONMENT.offsets[where], build_copy(variables, ENVIRONMENT.size, flags=flags)
+            )
+            self.drive.flush()
+        except DriveError as error:
+            raise BootEnvError(f"boot environment: write failed: {error.strerror}") from error
+
+
+def _in_memory() -> FileSystem:
+    """The tmpfs that stands in for a data partition that is lost."""
+    content = bytearray(DATA_BYTES)
+    format_region(content, 0, DATA_BYTES)
+    return FileSystem(Drive(content), 0, DATA_BYTES)
+
+
+class _Machine:
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def running_slot(self, slots: tuple[Slot, Slot]) -> Slot:
+        return next(slot for slot in slots if slot.name == self._device.slot)
+
+    def user_of(self, slot: Slot) -> str | None:
+        return None
+
+    def open_slot(self, slot: Slot) -> _SlotDevice:
+        if slot.name == self._device.slot:
+            raise SlotError(f"slot {slot.name} runs")
+        return _SlotDevice(self._device.drive, slot.name)
+
+    def boot_id(self) -> str:
+        return f"start-{self._device.starts}"
+
+    def free_bytes(self, path: str) -> int:
+        data = self._device.data
+        assert data is not None
+        # The real one has gigabytes where this has pages, and the client wants a MiB.
+        return 0 if data.full else 1 << 30
+
+
+class _SlotDevice:
+    """A slot opened by the client, past the page cache."""
+
+    size_bytes = SLOT_BYTES
+    block_bytes = PAGE
+
+    def __init__(self, drive: Drive, name: str) -> None:
+        self._drive = drive
+        self._name = name
+        self._offset = SLOT_OFFSETS[name]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._check(offset, len(data))
+        # The block layer cuts a large request into what the drive takes.
+        for at in range(0, len(data), 32 << 10):
+            try:
+                self._drive.write(self._offset + offset + at, data[at : at + (32 << 10)])
+            except DriveError as error:
+                raise SlotError(f"{self._name}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        try:
+            self._drive.flush()
+        except DriveError as error:
+            raise SlotError(f"{self._name}: {error.strerror}") from error
+
+    def read_medium(self, offset: int, into: memoryview) -> None:
+        self._check(offset, len(into))
+        try:
+            into[:] = self._drive.read(self._offset + offset, len(into))
+        except DriveError as error:
+            raise SlotError(f"{self._name}: {error.strerror}") from error
+
+    def close(self) -> None:
+        return
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset % PAGE or length % PAGE or offset + length > SLOT_BYTES:
+            raise SlotError(f"{self._name}: {length} bytes at {offset} are not in whole blocks")
+
+
+class _Files:
+    """The state store's files, on the data partition."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def connect(self, path: str) -> Any:
+        return Connection(path)
+
+    def exists(self, path: str) -> bool:
+        data = self._device.data
+        assert data is not None
+        return data.exists(path)
+
+    def set_aside(self, path: str, to: str) -> None:
+        data = self._device.data
+        assert data is not None
+        data.rename(path, to)
+        if data.exists(f"{path}-journal"):
+            data.remove(f"{path}-journal")
+
+
+class _Clock:
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def monotonic(self) -> float:
+        return self._device.now
+
+    def utc_seconds(self) -> int:
+        return 1_700_000_000 + int(self._device.now)
+
+    def wait(self, seconds: float) -> None:
+        self._device.now += seconds
+
+
+class _Transport:
+    identity = ""
+    refresh: Callable[[], str] | None = None
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    @contextmanager
+    def open(self, location: str) -> Iterator[_Download]:
+        outside = self._device.surroundings
+        if location not in outside.artifacts:
+            raise TransportError(f"{location}: no such artifact")
+        yield _Download(location, *outside.network(location, outside.artifacts[location]))
+
+
+class _Download:
+    def __init__(self, location: str, content: bytes, breaks: bool) -> None:
+        self._location = location
+        self._file = io.BytesIO(content)
+        self._breaks = breaks
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        count = self._file.readinto(buffer)
+        if count == 0 and self._breaks:
+            raise TransportError(f"{self._location}: the connection broke, and stayed so")
+        return count
+
+
+class _Health:
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def run(self) -> None:
+        image = self._device.image
+        if image is not None and image.behaviour == "unhealthy":
+            raise HealthError("health check 50-sick exited with status 1")
+
+
+class _Reboot:
+    def request(self) -> None:
+        return
+
+
+__all__ = [
+    "BEHAVIOURS",
+    "EXIT_ERROR",
+    "EXIT_OK",
+    "Command",
+    "ImageFile",
+    "SimulatedDevice",
+    "Start",
+    "Surroundings",
+    "make_image",
+    "read_head",
+]

@@ -1,0 +1,230 @@
+"""A drive with a volatile cache, in memory: what the simulated device stores everything on.
+
+Every change is one numbered operation, over all power cycles of a lifetime: write, flush. A
+*plan* may act on a number: cut the power there, fail the operation, flip a bit. A cut asks a cache
+model of `framework.disk.models` (the recorder's and the explorer's own) what survives of the open
+operations, and applies its decision: dropped, torn, garbage and unreadable units.
+
+After a cut every operation raises `PowerLost` until `power_on`, so that nothing the interrupted
+program still does has an effect. Time does not exist here; nothing is random but through seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple, Protocol
+
+from framework.disk.journal import SECTOR, Flag, Kind
+from framework.disk.models.base import CacheModel
+from framework.disk.state import Decision, OperationLog, PowerCycle
+
+Action = Literal["", "cut", "error", "flip"]
+"""What a plan wants at an operation; one that the power is cut at is left in flight."""
+
+
+class PowerLost(BaseException):
+    """The power is gone. Not an Exception, so that no handler of the device's code takes it."""
+
+
+class DriveError(OSError):
+    """The drive answered a request with an error (EIO)."""
+
+
+class Step(NamedTuple):
+    """One operation as carried out: its number, kind, where, and how long (bytes)."""
+
+    number: int
+    kind: Kind
+    offset: int
+    length: int
+
+
+class Plan(Protocol):
+    """Decides, for every operation, what goes wrong with it."""
+
+    def at(self, step: Step) -> Action:
+        """Return the action for `step`; asked once for each operation, in order."""
+        ...
+
+    @property
+    def cut(self) -> tuple[CacheModel, int]:
+        """The model and seed of the cut that `at` has just asked for; the seed places a flip."""
+        ...
+
+
+class NoPlan:
+    """Nothing goes wrong."""
+
+    cut: tuple[CacheModel, int]
+
+    def at(self, step: Step) -> Action:
+        """Return no action."""
+        return ""
+
+
+_KINDS_THAT_REMEMBER: Final = frozenset({"lying", "emmc", "sd", "discard"})
+"""Models that look behind the newest flush: they get the whole power cycle to decide on."""
+
+
+class Drive:
+    """`content` is the medium at the start; its length is the drive's size, in whole sectors."""
+
+    def __init__(self, content: bytes | bytearray, plan: Plan | None = None) -> None:
+        if len(content) % SECTOR:
+            raise ValueError(f"a drive of {len(content)} bytes is not of whole sectors")
+        self.plan: Plan = plan or NoPlan()
+        self.off = False
+        self.operations = 0
+        self.power_cycle = 0
+        self.steps: list[Step] = []
+        self.keep_steps = False
+        # What the device reads: medium and cache together.
+        self._current = bytearray(content)
+        # What a power cut leaves: `_durable`, plus what the model keeps of `_open`. All of it is
+        # kept as one list a power cycle, because some models look behind the newest flush.
+        self._durable = bytearray(content)
+        self._start = bytes(content)
+        self._cycle: list[tuple[Step, bytes]] = []
+        self._closed = 0
+        self._unreadable: set[int] = set()
+        self.last_decision = Decision()
+
+    @property
+    def size_bytes(self) -> int:
+        """The drive's size."""
+        return len(self._current)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return what the drive holds; DriveError where a sector is unreadable."""
+        if self.off:
+            raise PowerLost
+        if self._unreadable:
+            first, last = offset // SECTOR, (offset + length - 1) // SECTOR
+            bad = next((s for s in range(first, last + 1) if s in self._unreadable), None)
+            if bad is not None:
+                raise DriveError(5, f"unreadable sector at byte {bad * SECTOR}")
+        return bytes(self._current[offset : offset + length])
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write whole sectors into the cache; DriveError when the plan makes it fail."""
+        if self.off:
+            raise PowerLost
+        length = len(data)
+        if offset % SECTOR or length % SECTOR or not 0 <= offset <= self.size_bytes - length:
+            raise ValueError(f"a write of {length} bytes at {offset} is not of whole sectors")
+        self.operations += 1
+        step = Step(self.operations, Kind.WRITE, offset, length)
+        action = self.plan.at(step)
+        if self.keep_steps:
+            self.steps.append(step)
+        if action == "error":
+            raise DriveError(5, f"write failed at byte {offset}")
+        content = bytes(data)
+        if action == "flip":
+            at = self.plan.cut[1] % (8 * length)
+            flipped = content[at // 8] ^ 1 << at % 8
+            content = content[: at // 8] + bytes((flipped,)) + content[at // 8 + 1 :]
+        self._cycle.append((step, content))
+        if action == "cut":
+            self._lose_power(in_flight=True)
+        self._current[offset : offset + length] = content
+        if self._unreadable:
+            first = offset // SECTOR
+            self._unreadable.difference_update(range(first, first + length // SECTOR))
+
+    def flush(self) -> None:
+        """Make durable all that was written; DriveError when the plan makes it fail."""
+        if self.off:
+            raise PowerLost
+        self.operations += 1
+        step = Step(self.operations, Kind.FLUSH, 0, 0)
+        action = self.plan.at(step)
+        if self.keep_steps:
+            self.steps.append(step)
+        if action == "error":
+            raise DriveError(5, "flush failed")
+        if action == "cut":
+            self._lose_power(in_flight=True)
+        for write, data in self._cycle[self._closed :]:
+            self._durable[write.offset : write.offset + write.length] = data
+        self._cycle.append((step, b""))
+        self._closed = len(self._cycle)
+
+    def power_off(self, model: CacheModel, seed: int) -> None:
+        """Cut the power between two operations."""
+        self.plan = _Now(model, seed)
+        try:
+            self._lose_power(in_flight=False)
+        except PowerLost:
+            self.plan = NoPlan()
+
+    def power_on(self) -> None:
+        """Give the power back: a new power cycle begins on what the cut left."""
+        if not self.off:
+            # An orderly restart: nothing was lost, and the drive's cache lives on.
+            return
+        self.off = False
+        self.power_cycle += 1
+
+    def _lose_power(self, *, in_flight: bool) -> None:
+        model, seed = self.plan.cut
+        whole = model.name in _KINDS_THAT_REMEMBER
+        first = 0 if whole else self._closed
+        given = self._cycle[first:]
+        decision = Decision()
+        if given:
+            decision = self._decide(model, seed, given, in_flight=in_flight)
+        if whole:
+            # What the flushes covered is decided on again, so it is taken back first.
+            self._durable[:] = self._start
+        self._apply(self._durable, given, decision)
+        self.last_decision = decision
+        self._current[:] = self._durable
+        self._start = bytes(self._durable)
+        self._cycle.clear()
+        self._closed = 0
+        self.off = True
+        raise PowerLost
+
+    def _decide(
+        self, model: CacheModel, seed: int, given: list[tuple[Step, bytes]], *, in_flight: bool
+    ) -> Decision:
+        log = OperationLog()
+        for index, (step, _) in enumerate(given, 1):
+            what = (int(step.kind), 0, step.offset, step.length, int(Flag.NONE), 0)
+            log.arrive(what, sequence=2 * index, time_ns=index, cycle=0)
+            if not (in_flight and index == len(given) and step.kind is Kind.WRITE):
+                log.complete(index, 2 * index + 1, index, 0, 0)
+        table = log.table(1, len(given))
+        return model.decide(PowerCycle(table, ("disk",), (self.size_bytes,)), seed)
+
+    def _apply(
+        self, medium: bytearray, given: list[tuple[Step, bytes]], decision: Decision
+    ) -> None:
+        lost = set(decision.dropped)
+        torn = {p.operation: p for p in decision.partial}
+        for number, (step, data) in enumerate(given, 1):
+            if step.kind is not Kind.WRITE or number in lost:
+                continue
+            if number not in torn:
+                medium[step.offset : step.offset + step.length] = data
+                continue
+            for first, count in torn[number].sectors:
+                a, b = first * SECTOR, (first + count) * SECTOR
+                medium[step.offset + a : step.offset + b] = data[a:b]
+        for garbage in decision.garbage:
+            end = garbage.offset + garbage.length
+            medium[garbage.offset : end] = garbage.content * garbage.repeat
+        for hole in decision.unreadable:
+            first = hole.offset // SECTOR
+            self._unreadable.update(range(first, first + hole.length // SECTOR))
+
+
+class _Now:
+    """The plan of a cut that happens now."""
+
+    def __init__(self, model: CacheModel, seed: int) -> None:
+        self.cut = (model, seed)
+
+    def at(self, step: Step) -> Action:
+        """Return no action: the cut is made by hand."""
+        return ""

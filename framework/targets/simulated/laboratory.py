@@ -1,0 +1,136 @@
+"""What simulated devices share: signed artifacts, the key, SQLite's VFS. One a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from framework.targets.simulated.database import DataVfs
+from framework.targets.simulated.device import (
+    SimulatedDevice,
+    Surroundings,
+    factory_content,
+    make_image,
+)
+from framework.targets.simulated.drive import Plan
+from updater.artifact import write_artifact
+from updater.artifact.signature import load_private_key
+from updater.device.client import Client, Ports
+from updater.device.config import Config
+
+IMAGES = ("v1", "v2", "v3")
+"""What a device is made with, what it is updated to, and one more, which is well."""
+
+
+class Laboratory:
+    """Makes devices, with another client, and a boot loader with quirks, where bugs are planted."""
+
+    def __init__(
+        self,
+        *,
+        client: Callable[[Config, Ports], Client] = Client,
+        quirks: frozenset[str] = frozenset(),
+    ) -> None:
+        self._client = client
+        self._quirks = quirks
+        self._vfs = DataVfs()
+        self._temporary = TemporaryDirectory(prefix="brownout-simulate-")
+        self._folder = Path(self._temporary.name)
+        self._key = self._folder / "key.pem"
+        self._public = str(self._folder / "public.pem")
+        self._make_key()
+        self._info: dict[str, str] = {}
+        for name in IMAGES:
+            path = self._folder / f"{name}.info"
+            path.write_text(f"artifact_name={name}\n")
+            self._info[name] = str(path)
+        self._artifacts: dict[tuple[str, str], bytes] = {}
+        self._used = self._provision()
+
+    def close(self) -> None:
+        """Remove the temporary folder, and the VFS from SQLite."""
+        self._temporary.cleanup()
+        self._vfs.unregister()
+
+    def device(
+        self,
+        behaviour: str,
+        *,
+        fresh: bool = False,
+        plan: Plan | None = None,
+        early: Callable[[], bool] | None = None,
+        network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
+    ) -> SimulatedDevice:
+        """Make a device, for which v2 is an update that is `behaviour`.
+
+        A `fresh` one has no state store yet; others have an empty one.
+        """
+        artifacts = {"v2": self.artifact("v2", behaviour), "v3": self.artifact("v3", "well")}
+        return SimulatedDevice(
+            Surroundings(artifacts, (self._public,), self._info, network),
+            vfs=self._vfs,
+            plan=plan,
+            early=early,
+            client=self._client,
+            quirks=self._quirks,
+            content=factory_content("v1") if fresh else self._used,
+        )
+
+    def _provision(self) -> bytes:
+        """Return the drive of a device whose client has run before."""
+        device = SimulatedDevice(
+            Surroundings({}, (), self._info), vfs=self._vfs, content=factory_content("v1")
+        )
+        device.start()
+        device.provision()
+        return device.drive.read(0, device.drive.size_bytes)
+
+    def artifact(self, name: str, behaviour: str) -> bytes:
+        """Return the signed artifact of an image."""
+        if (name, behaviour) not in self._artifacts:
+            image = self._folder / "rootfs.img"
+            image.write_bytes(make_image(name, behaviour))
+            made = self._folder / f"{name}.mender"
+            write_artifact(
+                made,
+                image,
+                name=name,
+                device_types=["simulated"],
+                key=load_private_key(self._key),
+                compression="none",
+            )
+            self._artifacts[name, behaviour] = made.read_bytes()
+        return self._artifacts[name, behaviour]
+
+    def _make_key(self) -> None:
+        # Always the same one, so that artifacts are the same bytes everywhere. It signs nothing
+        # but these.
+        key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+        self._key.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        Path(self._public).write_bytes(
+            key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+        )
+
+
+@contextmanager
+def laboratory(**options: Any) -> Iterator[Laboratory]:
+    """A laboratory that is closed at the end; `options` are Laboratory's."""
+    made = Laboratory(**options)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,341 @@
+"""Simulated lifetimes: deterministic, honest about what a cut may do, and able to find bugs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_bugs import BUGS
+
+from framework.campaign.lifetimes import CACHE_MODELS, Fault, Schedule, live
+from framework.campaign.search import batch, draw, shrink, singles
+from framework.cli import cli
+from framework.disk.models import model_from
+from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLost, Step
+from framework.targets.simulated.filesystem import FileSystem, FileSystemError, format_region
+from framework.targets.simulated.laboratory import Laboratory
+
+SLOW = {"store-never-synced": 1400, "rollback-keeps-trial": 800, "no-read-back": 800}
+"""Lifetimes within which the bugs that need luck are found; the others are within 300."""
+
+
+@pytest.fixture
+def laboratory() -> Iterator[Laboratory]:
+    made = Laboratory()
+    yield made
+    made.close()
+
+
+# Determinism.
+
+
+def test_the_same_schedule_gives_the_same_lifetime(laboratory: Laboratory) -> None:
+    for number in range(20):
+        schedule = draw(random.Random(number))
+        first, second = live(laboratory, schedule), live(laboratory, schedule)
+        assert first == second
+
+
+def test_another_process_with_another_hash_seed_sees_the_same_lifetimes() -> None:
+    program = (
+        "import hashlib\n"
+        "from framework.campaign.search import batch\n"
+        "from framework.targets.simulated.laboratory import Laboratory\n"
+        "laboratory = Laboratory()\n"
+        "tally = batch(laboratory, 5, 0, 30)\n"
+        "print(tally.operations, sorted(tally.struck.items()), sorted(tally.positions))\n"
+        "laboratory.close()\n"
+    )
+
+    def run(hash_seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    assert run("1") == run("2")
+
+
+@given(st.integers(0, 1 << 32))
+def test_a_schedule_survives_its_text(seed: int) -> None:
+    schedule = draw(random.Random(seed))
+    assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+# The honest client.
+
+
+def test_an_update_without_faults_is_committed(laboratory: Laboratory) -> None:
+    lifetime = live(laboratory, Schedule(fresh=True))
+    assert str(lifetime.verdict) == "PASS"
+    assert "updater: committed v2 (slot b)" in lifetime.lines
+
+
+@pytest.mark.parametrize("behaviour", ["panics", "hangs", "unhealthy"])
+def test_a_sick_image_is_left_and_its_cause_is_told(laboratory: Laboratory, behaviour: str) -> None:
+    lifetime = live(laboratory, Schedule(behaviour=behaviour))
+    assert str(lifetime.verdict) == "PASS"
+    assert any("rolled back to v1" in line for line in lifetime.lines)
+
+
+@pytest.mark.parametrize("model", CACHE_MODELS)
+def test_every_single_cut_of_an_update_is_survived(laboratory: Laboratory, model: str) -> None:
+    operations = live(laboratory, Schedule()).exposed
+    for schedule in singles(operations, (model,)):
+        lifetime = live(laboratory, schedule)
+        assert [strike.at for strike in lifetime.struck] == [schedule.faults[0].at]
+        assert str(lifetime.verdict) == "PASS", schedule.to_json()
+
+
+def test_random_faults_are_survived(laboratory: Laboratory) -> None:
+    for number in range(2):
+        tally = batch(laboratory, 1, number)
+        assert not tally.found, tally.found[0].schedule.to_json()
+        assert len({state for state, _ in tally.struck}) >= 8
+
+
+# Found by the first searches, and mended.
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(
+            Schedule((Fault(68, "cut", "torn", 68),), fresh=True), id="unreadable-journal"
+        ),
+        pytest.param(Schedule((Fault(84, "cut", "torn", 84),), fresh=True), id="unreadable-page"),
+        pytest.param(
+            Schedule((Fault(10, "flip", "kept", 0),), actions=("stage", "rollback"), fresh=True),
+            id="damaged-page",
+        ),
+    ],
+)
+def test_a_store_that_cannot_be_read_does_not_end_all_updates(
+    laboratory: Laboratory, schedule: Schedule
+) -> None:
+    lifetime = live(laboratory, schedule)
+    assert lifetime.struck
+    assert str(lifetime.verdict) == "PASS"
+
+
+# It can fail.
+
+
+@pytest.mark.parametrize("name", [name for name in BUGS if name not in SLOW])
+def test_a_planted_bug_is_found_and_shrunk(name: str) -> None:
+    _find(name, 300)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("name", SLOW)
+def test_a_planted_bug_that_needs_luck_is_found_and_shrunk(name: str) -> None:
+    _find(name, SLOW[name])
+
+
+def _find(name: str, limit: int) -> None:
+    bug = BUGS[name]
+    laboratory = bug.laboratory()
+    try:
+        for number in range(-(-limit // 100)):
+            for found in batch(laboratory, 1, number, 100).found:
+                broken = bug.invariants & set(found.violated)
+                if broken:
+                    invariant = min(broken)
+                    smallest, _ = shrink(laboratory, found.schedule, invariant)
+                    assert len(smallest.faults) <= 2
+                    assert invariant in live(laboratory, smallest).verdict.violated
+                    return
+    finally:
+        laboratory.close()
+    pytest.fail(f"{name} was not found within {limit} lifetimes")
+
+
+# The drive and the file system keep their promises, and no others.
+
+
+class _CutAt:
+    def __init__(self, at: int, model: str, seed: int) -> None:
+        self._at = at
+        self.cut = (model_from(model), seed)
+
+    def at(self, step: Step) -> Action:
+        return "cut" if step.number == self._at else ""
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from(["kept", "prefix", "subset", "reordered", "torn"]))
+def test_a_cut_takes_nothing_that_was_flushed(seed: int, model: str) -> None:
+    rng = random.Random(seed)
+    drive = Drive(bytes(64 * 512), _CutAt(rng.randrange(1, 30), model, seed))
+    flushed: dict[int, int] = {}
+    since: dict[int, set[int]] = {}
+    with pytest.raises(PowerLost):
+        for value in range(1, 256):
+            if rng.random() < 0.2:
+                drive.flush()
+                flushed.update({at: max(values) for at, values in since.items()})
+                since.clear()
+                continue
+            first, count = rng.randrange(60), rng.randrange(1, 4)
+            for sector in range(first, first + count):
+                since.setdefault(sector, set()).add(value)
+            drive.write(first * 512, bytes([value]) * 512 * count)
+    drive.power_on()
+    for sector in range(64):
+        allowed = {flushed.get(sector, 0), *since.get(sector, ())}
+        try:
+            content = drive.read(sector * 512, 512)
+        except DriveError:
+            assert sector in since
+            continue
+        if model != "torn" or sector not in since:
+            assert len(set(content)) == 1
+            assert content[0] in allowed
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 32), st.sampled_from(["kept", "prefix", "subset", "torn"]))
+def test_a_synced_file_survives_a_cut_unless_it_was_being_overwritten(
+    seed: int, model: str
+) -> None:
+    rng = random.Random(seed)
+    content = bytearray(64 * 4096)
+    format_region(content, 0, len(content))
+    drive = Drive(bytes(content), _CutAt(rng.randrange(1, 60), model, seed))
+    data = FileSystem(drive, 0, len(content), lambda: rng.random() < 0.3)
+    synced: dict[str, bytes | None] = {}
+    touched: set[str] = set()
+    with pytest.raises(PowerLost):
+        for value in range(200):
+            name = rng.choice("abc")
+            choice = rng.random()
+            if choice < 0.6:
+                body = bytes([value]) * rng.randrange(1, 9000)
+                touched.add(name)
+                if data.exists(name):
+                    data.remove(name)
+                data.create(name)
+                data.write(name, 0, body)
+                data.sync(name)
+                synced[name] = body
+                touched.discard(name)
+            elif data.exists(name):
+                touched.add(name)
+                data.remove(name)
+                data.sync_directory()
+                synced[name] = None
+                touched.discard(name)
+    drive.power_on()
+    again = FileSystem(drive, 0, len(content))
+    for name, body in synced.items():
+        if name in touched:
+            continue
+        if body is None:
+            assert not again.exists(name)
+        else:
+            assert again.read(name, 0, len(body) + 1) == body
+
+
+def test_a_full_partition_is_told() -> None:
+    content = bytearray(8 * 4096)
+    format_region(content, 0, len(content))
+    data = FileSystem(Drive(bytes(content)), 0, len(content))
+    data.create("a")
+    with pytest.raises(FileSystemError, match="no space left"):
+        data.write("a", 0, bytes(9 * 4096))
+
+
+# The command.
+
+
+def test_a_search_says_what_it_did(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        cli, ["simulate", "--lifetimes", "100", "--workers", "1", "--output", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "250 lifetimes" in result.output
+    assert "PASS: 250" in result.output
+
+
+def test_a_schedule_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    schedule = json.loads(Schedule((Fault(40, "cut", "kept", 1),)).to_json())
+    path.write_text(json.dumps({"version": 1, "schedule": schedule}))
+    result = CliRunner().invoke(cli, ["simulate", "--replay", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "power cut at operation 40" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"version": 9, "schedule": {}}', "version 9"),
+        ('{"faults": 1}', "no schedule"),
+        ("not json", "no schedule"),
+    ],
+)
+def test_a_file_that_is_no_violation_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "framework.cli", "simulate", "--replay", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupt_ends_the_search_and_its_processes(tmp_path: Path) -> None:
+    search = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "framework.cli",
+            "simulate",
+            "--lifetimes",
+            "1000000",
+            "--workers",
+            "2",
+            "--output",
+            str(tmp_path),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(_children(search.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = _children(search.pid)
+    assert children
+    search.send_signal(signal.SIGINT)
+    _, errors = search.communicate(timeout=60)
+    assert search.returncode == 130
+    assert "interrupted" in errors
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.2)
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
