@@ -320,7 +320,7 @@ def _batch(
         np.zeros(0, dtype=np.uint64),
         first,
         stage.last_sequence,
-        lambda place: combiner.facts(identity[place], matches[place]),
+        lambda places: combiner.facts(identity[places], matches[places]),
         locate,
         opening.model,
         stage.cycle.number,

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from framework.explore.chains import fact_hash
-from framework.explore.collect import Batch, Facts, Opening
+from framework.explore.collect import Batch, Opening
 from framework.explore.index import I64, U64, Bool, Index, scramble, xor_all
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState
@@ -180,11 +180,10 @@ class Combiner:
                 key ^= one[0]
         return key
 
-    def facts(self, identity: npt.NDArray[np.uint64], matches: np.uint64) -> Facts:
-        """Describe one state. `identity`: of every region."""
-        mask = np.array([matches], dtype=np.uint64)
+    def facts(self, identity: npt.NDArray[np.uint64], matches: U64) -> list[tuple[I64, U64]]:
+        """Describe states, for `Batch.facts`. `identity`: (states, regions)."""
         return [
-            (int(self.images(region, mask)[0]), int(identity[region]))
+            (self.images(region, matches), identity[:, region])
             for region in range(len(self.index.regions))
         ]
 
@@ -267,7 +266,7 @@ def subset_batch(
         outcomes.total,
         np.maximum(first, stage.first_sequence),
         stage.last_sequence,
-        lambda place: combiner.facts(outcomes.identity[place], outcomes.matches[place]),
+        lambda places: combiner.facts(outcomes.identity[places], outcomes.matches[places]),
         locate,
         opening.model,
         stage.cycle.number,

@@ -21,8 +21,8 @@ from typing import Final
 import numpy as np
 
 from framework.disk import ReorderedCache, SdCard
-from framework.explore.chains import Chain, fact_hash, images_of
-from framework.explore.collect import Batch, Facts, Opening
+from framework.explore.chains import Chain, States, fact_hash, images_of
+from framework.explore.collect import Batch, Opening
 from framework.explore.index import I64, U64, Base, Bool
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState
@@ -150,9 +150,8 @@ class _Window:
             gone_ops = np.concatenate((self.ops[gone], self.ops[place + 1 :]))
             return self.opening.state(int(self.ops[place]), gone_ops)
 
-        def facts(where: int) -> Facts:
-            place = int(places[at[where]])
-            return course.facts(place, int(which[where]), self.width)
+        def facts(where: I64) -> list[tuple[I64, U64]]:
+            return course.facts(places[at[where]], which[where], self.width)
 
         return Batch(
             key[valid],
@@ -299,17 +298,17 @@ class _Course:
                 np.diff(at) > 0,
             )
 
-    def facts(self, place: int, mask: int, width: int) -> Facts:
-        """Describe a state."""
-        found = self.chain.image_and_identity(int(self.ends[place + 1]))
-        lost = [place - k - 1 for k in range(width - 1) if mask >> k & 1]
+    def facts(self, place: I64, mask: I64, width: int) -> list[tuple[I64, U64]]:
+        """Describe states: their places and masks of lost operations."""
+        found = self.chain.facts(States(self.ends[place + 1]))
         for region, part in self.regions.items():
             identity = part.identity[place + 1]
-            distances = {b: int(v[place + 1]) for b, v in part.distances.items()}
-            for one in lost:
-                identity ^= part.change[one]
-                distances = {b: d - int(part.steps[b][one]) for b, d in distances.items()}
-            arrays = {b: np.array([d]) for b, d in distances.items()}
-            image = images_of(self.cycle.index, region, arrays, 1)
-            found[region] = (int(image[0]), int(identity))
+            distances = {bit: values[place + 1] for bit, values in part.distances.items()}
+            for back in range(1, width):
+                lost = (mask >> (back - 1)) & 1 == 1
+                one = np.maximum(place - back, 0)
+                identity = np.where(lost, identity ^ part.change[one], identity)
+                for bit, steps in part.steps.items():
+                    distances[bit] = distances[bit] - np.where(lost, steps[one], 0)
+            found[region] = (images_of(self.cycle.index, region, distances, len(place)), identity)
         return found
