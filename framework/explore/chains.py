@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from framework.explore.index import (
     I32,
@@ -225,7 +227,7 @@ class Chain:
             delta = self.delta[chosen]
             total[line] ^= xor_all(delta)
             regions = self.region[chosen]
-            for region in np.unique(regions).tolist():
+            for region in present(regions):
                 if region < 0:
                     continue
                 mine = regions == region
@@ -248,6 +250,11 @@ class Scattered:
     key: U64
     total: U64
     facts: list[tuple[I64, U64]]
+
+
+def present(regions: npt.NDArray[np.integer[Any]]) -> list[int]:
+    """The numbers (from -1 on) that occur in an array of regions, ascending."""
+    return (np.flatnonzero(np.bincount(regions + 1)) - 1).tolist()
 
 
 def accumulate(start: np.uint64, steps: U64) -> U64:
@@ -412,7 +419,9 @@ class Standing:
     """What stands in the units that a stage's operations concern, before any takes effect."""
 
     def __init__(self, blocks: Blocks, base: Base, sectors: I64) -> None:
-        mine = blocks.blocks_of(np.unique(blocks.unit[sectors]))
+        touched = np.zeros(len(blocks.unit_ids), dtype=bool)
+        touched[blocks.unit[sectors]] = True
+        mine = blocks.blocks_of(np.flatnonzero(touched))
         self.sums = blocks.sums(mine, base.mix, base.differs)
         self.highest = blocks.highest(mine, base.rank)
 
@@ -494,7 +503,7 @@ class Destroyer:
         for mine, block, whole, identity, distances in doomed.layers:
             total[mine] ^= whole ^ damaged.total[block]
             region = self.blocks.block_region[block]
-            for number in np.unique(region).tolist():
+            for number in present(region):
                 if number < 0:
                     continue
                 some = slice(None) if bool((region == number).all()) else region == number
@@ -518,7 +527,7 @@ class Destroyer:
         found = self.chain.facts(states)
         for mine, block, _, identity, distances in doomed.layers:
             region = self.blocks.block_region[block]
-            for number in np.unique(region).tolist():
+            for number in present(region):
                 if number < 0:
                     continue
                 some = region == number

@@ -21,6 +21,7 @@ from typing import Final, Protocol, TypeVar
 from attrs import define, field, frozen
 
 from framework.disk import CacheModel
+from framework.explore.bulk import BulkOracle, phases_of
 from framework.explore.deep import DeepResult, cut_again
 from framework.explore.ears import Ears
 from framework.explore.engine import explore
@@ -188,7 +189,7 @@ class Examiner:
         """Judge what was found, by the judges named (`static` always)."""
         wanted = set(judges)
         context, machine = self.context, self.machine
-        work = _Work(self, Examination(exploration), StaticOracle(context), DataJudge(context))
+        work = _Work(self, Examination(exploration), BulkOracle(context), DataJudge(context))
         if "data" in wanted:
             work.check_data(bounds.data)
         work.judge_statically()
@@ -261,14 +262,7 @@ class _Work:
         )
 
     def _phases(self, crash_class: CrashClass) -> Iterator[tuple[Span, int]]:
-        """The phases in which power can fail so that the class results, each once."""
-        timeline = self.examiner.context.timeline
-        told: set[int] = set()
-        for span in crash_class.spans:
-            for phase in timeline.phases_within(span.first_sequence, span.last_sequence):
-                if phase not in told:
-                    told.add(phase)
-                    yield span, phase
+        return phases_of(crash_class, self.examiner.context.timeline)
 
     def _judge(
         self, name: str, crash_class: CrashClass, booted: Booted | None, when: tuple[Span, int]
