@@ -22,7 +22,7 @@ from attrs import define, field, frozen
 
 from framework.disk import CacheModel
 from framework.explore.bulk import BulkOracle, phases_of
-from framework.explore.deep import DeepResult, cut_again
+from framework.explore.deep import Deeper, DeepResult, cut_again
 from framework.explore.ears import Ears
 from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
@@ -156,6 +156,7 @@ class Examiner:
         ears: what its console says.
         progress: told what is done.
         seed: of the samples.
+        deeper: how to cut again.
     """
 
     context: Context
@@ -164,6 +165,7 @@ class Examiner:
     progress: Progress = field(factory=Silence)
     seed: int = 0
     workers: int = WORKERS
+    deeper: Deeper = field(factory=Deeper)
 
     def explore(
         self,
@@ -390,7 +392,12 @@ class _Work:
         with Workplace() as place:
             results = _each(
                 lambda c: cut_again(
-                    judge, self.examiner.ears, c, [phase for _, phase in self._phases(c)], place
+                    judge,
+                    self.examiner.ears,
+                    c,
+                    [phase for _, phase in self._phases(c)],
+                    place,
+                    self.examiner.deeper,
                 ),
                 classes,
                 self.examiner.workers,
