@@ -14,7 +14,7 @@ from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.judges.static import StaticOracle
 from framework.explore.layout import Layout, Role
-from framework.explore.states import CrashClass, Disks, RegionFact, Span
+from framework.explore.states import CrashClass, Disks, Span
 from framework.explore.timeline import Timeline
 from framework.verdict import BootEnvironment, Event, SlotState, Verdict
 
@@ -27,6 +27,9 @@ class BulkOracle(StaticOracle):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._glimpses = Glimpses(context.journal, _hulls(context.layout))
+        regions = context.layout.all_regions()
+        self._environment_at = [i for i, r in enumerate(regions) if r.role is Role.ENVIRONMENT]
+        self._slots_at = [i for i, r in enumerate(regions) if r.role is Role.SLOT]
         self._environments_by_content: dict[tuple[str, ...], BootEnvironment] = {}
         self._questions: dict[tuple[object, ...], int] = {}
         self._numbers: dict[Question, int] = {}
@@ -53,7 +56,11 @@ class BulkOracle(StaticOracle):
 
     def _question(self, crash_class: CrashClass) -> int:
         """The number of what the verdict depends on besides the phase."""
-        facts = tuple(_told(f) for f in crash_class.facts)
+        told = crash_class.facts
+        facts = (
+            *[told[at].content for at in self._environment_at],
+            *[(told[at].image, told[at].loadable) for at in self._slots_at],
+        )
         number = self._questions.get(facts)
         if number is None:
             question = (self.environment(crash_class), tuple(self.slots(crash_class).values()))
@@ -72,13 +79,6 @@ def _hulls(layout: Layout) -> dict[str, tuple[int, int]]:
                 first, end = min(begin, part.offset), max(begin + length, part.end)
                 found[part.device] = (first, end - first)
     return found
-
-
-def _told(fact: RegionFact) -> object:
-    """What the oracle looks at of a region's fact."""
-    if fact.role is Role.ENVIRONMENT:
-        return fact.content
-    return (fact.image, fact.loadable) if fact.role is Role.SLOT else None
 
 
 def phases_of(crash_class: CrashClass, timeline: Timeline) -> Iterator[tuple[Span, int]]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from framework.disk import Decision
 from framework.disk.state import Garbage, Partial, Unreadable
-from framework.explore.index import I32, I64, U64
+from framework.explore.index import I32, I64, U64, Bool
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState, Span
 
@@ -109,6 +109,8 @@ class Batch:
         exhaustive: whether it is part of an exhaustive enumeration.
         leg: of every state, the stage of the stretch that it belongs to, ascending; None: of the
             only one.
+        again: of every state, whether its content is known to have been counted before; None:
+            nothing is known of that.
     """
 
     key: U64
@@ -121,6 +123,7 @@ class Batch:
     cycle: int
     exhaustive: bool
     leg: I64 | None = None
+    again: Bool | None = None
 
 
 def distinct(values: U64) -> I64:
@@ -263,8 +266,12 @@ class Collector:
         known = self.classes
         numbers = np.array([known[k].number if k in known else -1 for k in keys], dtype=np.int32)
         lengths = np.diff(np.append(heads, len(batch.key)))
-        self._states.append((batch.total, np.repeat(numbers, lengths)))
-        self._buffered += len(batch.total)
+        total, number = batch.total, np.repeat(numbers, lengths)
+        if batch.again is not None:
+            fresh = np.flatnonzero(~batch.again)
+            total, number = total[fresh], number[fresh]
+        self._states.append((total, number))
+        self._buffered += len(total)
         if self._buffered > _COMPACT_AT:
             self._compact()
 
@@ -290,6 +297,9 @@ def merge_spans(stretches: list[Stretch], operation_at: Callable[[int], int]) ->
 
     `operation_at`: how many operations had arrived by a record.
     """
+    if len(stretches) == 1:
+        ((_, first, last, state),) = stretches
+        return (Span(first, last, operation_at(first), operation_at(last - 1), state, state),)
     groups: list[list[Stretch]] = []
     cycle, end = -1, -1
     for stretch in sorted(stretches, key=lambda s: s[:3]):

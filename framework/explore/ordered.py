@@ -36,6 +36,7 @@ from framework.explore.index import (
     UNREADABLE_HASH,
     ZERO_HASH,
     Base,
+    Bool,
     CycleIndex,
     Index,
     hash_sectors,
@@ -104,6 +105,7 @@ class Course:
         self._arrivals = np.concatenate(arrivals) if arrivals else np.zeros(0, dtype=np.int64)
         self._ops: list[int] = cycle.op[rows].tolist()
         self._units: dict[int, Units] = {}
+        self._counted: Bool | None = None
         self._known_openings: dict[tuple[int, str], tuple[Opening, list[int], list[int]]] = {}
 
     @classmethod
@@ -128,6 +130,21 @@ class Course:
     def chain(self) -> Chain:
         """Its chain."""
         return Chain(self.cycle, self.base, self.cycle.events_of(self.rows))
+
+    def again(self, states: States) -> Bool:
+        """Which of these states were asked for before, by this method, as positions of the chain.
+
+        So what several models have in common is counted once, and cheaply.
+        """
+        if self._counted is None:
+            self._counted = np.zeros(len(self.place) + 1, dtype=bool)
+        if states.end is None or states.tear is None:
+            found: Bool = self._counted[states.begin]
+            self._counted[states.begin] = True
+            return found
+        nothing, everything = states.tear == states.end, states.tear == states.begin
+        found = nothing & self._counted[states.begin]
+        return np.asarray(found | (everything & self._counted[states.end]))
 
     def units(self, sectors: int) -> Units:
         """Its operations, each split into the aligned units that it touches."""
@@ -202,6 +219,7 @@ class Units:
 
     def __init__(self, course: Course, sectors: int) -> None:
         cycle, place = course.cycle, course.place
+        self.sectors = sectors
         if sectors == 1:
             self.first = np.arange(len(place), dtype=np.int64)
         else:
@@ -284,6 +302,7 @@ def prefixes(course: Course, model: str) -> Batch:
         course.cycle.number,
         True,
         leg,
+        course.again(states),
     )
 
 
@@ -416,6 +435,7 @@ def _mixes(course: Course, units: Units, model: str, *, reverse: bool) -> Batch:
         course.cycle.number,
         True,
         leg,
+        course.again(states),
     )
 
 
@@ -505,7 +525,7 @@ def _scattered(course: Course, units: Units, model: str, rng: np.random.Generato
     counts = np.diff(units.of_row)
     legs: list[int] = []
     rows: list[int] = []
-    spans: list[tuple[tuple[int, int], ...]] = []
+    taken: list[tuple[I64, I64]] = []
     events: list[I64] = []
     for number, leg in enumerate(course.legs):
         wide = np.flatnonzero(counts[leg.start : leg.end] > 2) + leg.start
@@ -516,14 +536,16 @@ def _scattered(course: Course, units: Units, model: str, rng: np.random.Generato
             take = np.flatnonzero(rng.integers(0, 2, mine.stop - mine.start, dtype=np.bool_))
             if not len(take):
                 continue
-            starts, ends = units.first[mine][take], units.after[mine][take]
-            lengths = ends - starts
-            steps = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+            starts = units.first[mine][take]
+            lengths = units.after[mine][take] - starts
             legs.append(number)
             rows.append(row)
+            taken.append((starts, lengths))
+            if units.sectors == 1:
+                events.append(starts)
+                continue
+            steps = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
             events.append(np.arange(int(lengths.sum()), dtype=np.int64) + steps)
-            low = int(course.bounds[row])
-            spans.append(tuple(zip((starts - low).tolist(), lengths.tolist(), strict=True)))
     if not legs:
         return None
     leg_of = np.array(legs, dtype=np.int64)
@@ -532,7 +554,10 @@ def _scattered(course: Course, units: Units, model: str, rng: np.random.Generato
 
     def locate(where: int) -> CrashState:
         row = rows[where]
-        partial = (Partial(int(course.cycle.op[course.rows[row]]), spans[where]),)
+        starts, lengths = taken[where]
+        begins = (starts - course.bounds[row]).tolist()
+        spans = tuple(zip(begins, lengths.tolist(), strict=True))
+        partial = (Partial(int(course.cycle.op[course.rows[row]]), spans),)
         return course.state(legs[where], model, row, partial)
 
     return Batch(

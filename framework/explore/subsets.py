@@ -192,7 +192,8 @@ def _covered(stage: Stage) -> I64:
     cycle = stage.cycle
     events = cycle.events_of(stage.rows)
     sector = cycle.sector[events]
-    return np.unique(sector[cycle.row[events] > stage.base.rank[sector]])
+    sector = np.sort(sector[cycle.row[events] > stage.base.rank[sector]])
+    return sector[np.concatenate(([True], sector[1:] != sector[:-1]))[: len(sector)]]
 
 
 @dataclasses.dataclass(slots=True)

@@ -173,14 +173,16 @@ class _Window:
             return
         size = len(self.ops)
         by_arrival = np.argsort(self.ops, kind="stable")
-        base = self.stage.base.copy()
+        base = self.stage.base
         passed = np.zeros(size, dtype=bool)
         for place in places.tolist():
             present = np.zeros(size, dtype=bool)
             present[by_arrival[: place + 1]] = True
             at_stake = self._at_stake(present)
             older = np.flatnonzero(present & ~at_stake & ~passed)
-            self.cycle.advance(base, self.stage.rows[older])
+            if len(older):
+                base = base if base is not self.stage.base else base.copy()
+                self.cycle.advance(base, self.stage.rows[older])
             passed[older] = True
             yield self._one(base, np.flatnonzero(at_stake), place, passed, limits=limits, rng=rng)
 
