@@ -251,9 +251,9 @@ def subset_batch(
     outcomes = evaluate(combiner, bits)
     arrived = stage.cycle.arrived[stage.rows]
     if len(arrived):
-        first = np.where(bits, arrived, 0).max(axis=1, initial=0)
+        first = np.where(bits, arrived, -1).max(axis=1, initial=-1)
     else:
-        first = np.zeros(len(bits), dtype=np.int64)
+        first = np.full(len(bits), -1, dtype=np.int64)
     ops = stage.cycle.op[stage.rows]
     packed = np.packbits(bits, axis=1)
     width = bits.shape[1]

@@ -39,6 +39,7 @@ def reordered(stage: Stage, durable_last: int, model: ReorderedCache) -> Iterato
     combiner = Combiner(stage, atoms_of(stage))
     ops = stage.cycle.op[stage.rows]
     moments = np.unique(np.concatenate(([stage.first], ops[ops >= stage.first])))
+    every = moments
     if len(moments) > MOMENTS:
         moments = moments[np.linspace(0, len(moments) - 1, MOMENTS).astype(np.int64)]
     for part in np.array_split(moments, max(1, len(moments) * len(ops) // (1 << 22))):
@@ -47,7 +48,21 @@ def reordered(stage: Stage, durable_last: int, model: ReorderedCache) -> Iterato
             present = np.flatnonzero(ops <= moment)
             kept = int(np.ceil(len(present) * model.keep))
             bits[line, present[len(present) - kept :]] = True
-        yield subset_batch(combiner, opening, bits, exhaustive=True)
+        batch = subset_batch(combiner, opening, bits, exhaustive=True)
+        batch.first_sequence, batch.last_sequence = _around(stage, every, part)
+        yield batch
+
+
+def _around(stage: Stage, moments: I64, part: I64) -> tuple[I64, I64]:
+    """When some of a stage's moments begin, and when the moment after each does.
+
+    `moments` but for the first are the arrivals of open operations.
+    """
+    arrived = stage.cycle.index.journal.operations.arrived
+    begins = np.concatenate(([stage.first_sequence], arrived[moments[1:] - 1]))
+    ends = np.append(begins[1:], stage.last_sequence)
+    at = np.searchsorted(moments, part)
+    return np.maximum(begins[at], stage.first_sequence), ends[at]
 
 
 def card(
@@ -58,9 +73,13 @@ def card(
     slow = window.slow(limits)
     places = np.arange(window.first_place, len(slow))
     hard = slow[places] if window.first_place >= 0 else np.append(True, slow)
-    if not bool(hard.all()):
+    mixed = not bool(hard.all())
+    if mixed:
         yield from window.fast(places[~hard])
-    yield from window.one_by_one(places[hard], limits, rng)
+    for batch, place, bits in window.one_by_one(places[hard], limits, rng):
+        if mixed:  # at the places after it only what is new is looked at
+            batch.last_sequence = window.until(place, bits)
+        yield batch
 
 
 class _Window:
@@ -167,8 +186,13 @@ class _Window:
 
     # ------------------------------------------------------------ one by one
 
-    def one_by_one(self, places: I64, limits: Limits, rng: np.random.Generator) -> Iterator[Batch]:
-        """Places where the order, the devices or a sector written twice make it harder."""
+    def one_by_one(
+        self, places: I64, limits: Limits, rng: np.random.Generator
+    ) -> Iterator[tuple[Batch, int, Bool]]:
+        """Places where the order, the devices or a sector written twice make it harder.
+
+        With each batch its place, and which of the operations in the window each state keeps.
+        """
         if not len(places):
             return
         size = len(self.ops)
@@ -184,7 +208,20 @@ class _Window:
                 base = base if base is not self.stage.base else base.copy()
                 self.cycle.advance(base, self.stage.rows[older])
             passed[older] = True
-            yield self._one(base, np.flatnonzero(at_stake), place, passed, limits=limits, rng=rng)
+            rows = np.flatnonzero(at_stake)
+            batch, bits = self._one(base, rows, place, passed, limits=limits, rng=rng)
+            yield batch, place, bits
+
+    def until(self, place: int, bits: Bool) -> I64:
+        """Where all is in order: when the states of a place are no longer possible.
+
+        That is when the oldest operation that is lost leaves the window.
+        """
+        first = place + 1 - bits.shape[1]
+        lost = np.concatenate((~bits, np.ones((len(bits), 1), dtype=bool)), axis=1)
+        leaves = first + lost.argmax(axis=1) + self.width
+        ends = np.append(self.arrived, self.stage.last_sequence)
+        return np.asarray(ends[np.minimum(leaves, len(self.arrived))])
 
     def _at_stake(self, present: Bool) -> Bool:
         found = np.zeros(len(present), dtype=bool)
@@ -202,7 +239,7 @@ class _Window:
         *,
         limits: Limits,
         rng: np.random.Generator,
-    ) -> Batch:
+    ) -> tuple[Batch, Bool]:
         until = place + 1
         last = (
             int(np.sort(self.arrived)[until]) if until < len(self.ops) else self.stage.last_sequence
@@ -231,7 +268,8 @@ class _Window:
             bits = ((numbers[:, None] >> np.arange(count)) & 1).astype(bool)
         else:
             bits = sample_bits(count, limits.samples, rng)
-        return subset_batch(Combiner(stage, atoms_of(stage)), opening, bits, exhaustive=exhaustive)
+        combiner = Combiner(stage, atoms_of(stage))
+        return subset_batch(combiner, opening, bits, exhaustive=exhaustive), bits
 
 
 # ---------------------------------------------------------------- contributions by operation
