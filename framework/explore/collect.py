@@ -176,6 +176,7 @@ class Collector:
         self._rng = np.random.default_rng(seed)
         self._states: list[tuple[U64, I32]] = []
         self._buffered = 0
+        self._compact_at = _COMPACT_AT
 
     @property
     def unkept(self) -> int:
@@ -272,7 +273,7 @@ class Collector:
             total, number = total[fresh], number[fresh]
         self._states.append((total, number))
         self._buffered += len(total)
-        if self._buffered > _COMPACT_AT:
+        if self._buffered > self._compact_at:
             self._compact()
 
     def _compact(self) -> None:
@@ -281,6 +282,7 @@ class Collector:
         where = distinct(total)
         self._states = [(total[where], number[where])]
         self._buffered = len(where)
+        self._compact_at = max(_COMPACT_AT, 2 * len(where))
 
     def counts(self) -> tuple[int, I64]:
         """Distinct states over everything, and of each class by its number."""
