@@ -204,18 +204,13 @@ def record(
     default=0,
     show_default=True,
     metavar="N",
-    help="cut the recoveries of N classes again (depth two)",
+    help="cut the recoveries of N classes again (depth two), and the update tried again after it",
 )
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
     help="folder for the bundles of violations  [default: beside the recording]",
-)
-@click.option(
-    "--plain",
-    is_flag=True,
-    help="visit the states of `subset` one by one, without the engine: slow, to compare with",
 )
 @BASE
 @RIG
@@ -247,7 +242,6 @@ def explore(  # noqa: PLR0917 - one parameter an option
     cold_boots: int,
     deep: int,
     output: Path | None,
-    plain: bool,
     bases: dict[str, Path],
     rig: Path | None,
     accepted: frozenset[tuple[str, int, str]],
@@ -269,7 +263,6 @@ def explore(  # noqa: PLR0917 - one parameter an option
         seed,
         judges,
         Bounds(data_checks, mounts, decisions, cold_boots, deep=deep),
-        plain,
         accepted,
     )
     code = run_explore(

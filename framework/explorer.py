@@ -28,11 +28,10 @@ from rich.table import Table
 from framework.disk import MODELS, CacheModel, JournalReader, Kind, model_from
 from framework.disk.dmlogwrites import export_log, import_log
 from framework.explore.bundle import BundleError, open_state, read_bundle, write_bundle
-from framework.explore.deep import DeepViolation
+from framework.explore.deep import Deeper, DeepViolation, Retry
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
 from framework.explore.judges.context import Context, ContextError
-from framework.explore.plain import explore_plainly
 from framework.explore.recording import Recording, RecordingError, write_recording
 from framework.explore.serve import StateMachine, Workplace
 from framework.explore.states import Coverage
@@ -45,6 +44,7 @@ from framework.report import (
     RegionRecord,
     write_exploration_report,
 )
+from framework.scenario.bench import open_bench_on
 from framework.scenario.capture import record_updates
 from framework.scenario.record import KINDS, PICTURE_OPERATIONS
 from framework.targets.errors import RigError
@@ -70,6 +70,7 @@ EXIT_VIOLATIONS: Final = 1
 EXIT_DISAGREEMENT: Final = 3
 MAX_BUNDLES: Final = 20
 ALL_MODELS: Final = "all"
+RESTART: Final = "sync; reboot -f"
 _ESCAPE: Final = b"\x1d"  # Ctrl-]
 
 
@@ -86,7 +87,6 @@ class Wish:
     seed: int
     judges: tuple[str, ...]
     bounds: Bounds
-    plain: bool = False
     accepted: frozenset[tuple[str, int, str]] = frozenset()
 
 
@@ -189,6 +189,23 @@ def machine_of(facts: Mapping[str, Any], rig: Path | None) -> Machine:
     return driver.description(None if pflash is None else Path(pflash))
 
 
+@contextlib.contextmanager
+def serve_retries(facts: Mapping[str, Any], rig: Path | None) -> Iterator[dict[str, Retry]]:
+    """The recorded updates, served, to be tried again after a recovery.
+
+    Raises BenchError or RigError if the rig or its images can't be used.
+    """
+    variants = [str(variant) for variant in facts.get("updates", ())]
+    path = rig or Path("rigs") / f"{facts.get('rig', '')}.yaml"
+    bench = open_bench_on(path, [str(facts.get("base", "v1")), *variants])
+    with contextlib.closing(bench):
+        updates = [bench.update(variant, bench.server.port) for variant in variants]
+        yield {
+            update.name: Retry(update.name, bench.uut.install(update.url), RESTART)
+            for update in updates
+        }
+
+
 def ears_of(facts: Mapping[str, Any]) -> Ears:
     """What the console of a recording's machine says; ContextError for an unknown updater."""
     uut = BrownoutUpdater
@@ -270,17 +287,16 @@ def _explore_one(
     if facts.get("bootloader") != "uboot":
         judges.discard("uboot")  # GRUB's decision is seen by a cold boot only
     runs: list[Run] = []
-    with _spinner(console) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_spinner(console))
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
+        if wish.bounds.deep:
+            retries = stack.enter_context(serve_retries(facts, rig))
+            examiner.deeper = Deeper(retries=retries)
         for models in _by_honesty(models_for(wish, facts)):
-            if wish.plain:
-                exploration = explore_plainly(
-                    context.journal, context.layout, exhaustive_up_to=wish.exhaustive_up_to
-                )
-            else:
-                exploration = examiner.explore(
-                    models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
-                )
+            exploration = examiner.explore(
+                models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
+            )
             honest = models[0].name not in DISHONEST
             bounds = wish.bounds if honest else evolve(wish.bounds, mounts=0, cold_boots=0, deep=0)
             found = examiner.examine(exploration, judges, bounds)

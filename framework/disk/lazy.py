@@ -179,8 +179,16 @@ def read_range(
 
     Raises UnreadableSectorError if a sector of it can't be read.
     """
-    base_fd, journal_fd = files
     part = sectors[offset // SECTOR : (offset + length) // SECTOR]
+    return read_part(part, files, offset, device, extra=extra)
+
+
+def read_part(
+    part: SectorMap, files: tuple[int, int], offset: int, device: str, *, extra: Extra = b""
+) -> bytes:
+    """As `read_range`, given the part of the map that is asked for; it begins at `offset`."""
+    base_fd, journal_fd = files
+    length = len(part) * SECTOR
     if not part.any():
         return read_exact(base_fd, length, offset, f"the base image of {device}")
     pieces: list[bytes] = []
@@ -367,3 +375,50 @@ class LazyDisk:
 
     def __del__(self) -> None:
         self.close()
+
+
+class PartialDisk(LazyDisk):
+    """A `LazyDisk` that shows one part of a device only, to look at it in many states.
+
+    `sectors` is the map of that part, which begins at byte `begin`. Reading elsewhere is a
+    DiskError, as if the device had no more.
+    """
+
+    def __init__(  # noqa: PLR0917 - a LazyDisk's, and two more
+        self,
+        name: str,
+        sectors: SectorMap,
+        base: Path,
+        journal: Path,
+        extra: Extra,
+        begin: int,
+        size_bytes: int,
+    ) -> None:
+        super().__init__(name, sectors, base, journal, extra)
+        self._begin = begin
+        self._size_bytes = size_bytes
+
+    @property
+    def size_bytes(self) -> int:
+        """The device's size in bytes."""
+        return self._size_bytes
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As `LazyDisk.read`, within the part."""
+        first = offset - offset % SECTOR - self._begin
+        end = offset + length + -(offset + length) % SECTOR - self._begin
+        if first < 0 or length < 0 or end > len(self.map) * SECTOR or not self._fds:
+            raise DiskError(
+                f"device {self.name}: {length} bytes at {offset} are not in this partial view"
+            )
+        if first == end:
+            return b""
+        data = read_part(
+            self.map[first // SECTOR : end // SECTOR],
+            (self._base_fd, self.journal_fd),
+            first + self._begin,
+            self.name,
+            extra=self.extra,
+        )
+        skip = offset - self._begin - first
+        return data if len(data) == length else data[skip : skip + length]

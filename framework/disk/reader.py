@@ -20,7 +20,14 @@ from framework.disk.journal import (
     parse_mark,
     scan,
 )
-from framework.disk.lazy import EXTRA, Extra, LazyDisk, SectorMap, StartState, new_map
+from framework.disk.lazy import (
+    EXTRA,
+    Extra,
+    LazyDisk,
+    SectorMap,
+    StartState,
+    new_map,
+)
 from framework.disk.models import CacheModel, WriteThrough
 from framework.disk.recorder import file_sha256
 from framework.disk.state import (
@@ -338,9 +345,19 @@ class JournalReader:
             for name, sectors in zip(self.devices, maps, strict=True)
         }
 
+    def made_up(self, own: bytes = b"") -> Extra:
+        """What positions from EXTRA on mean in the maps: a decision's garbage, and what is beneath.
+
+        `beneath`: the state with which the journal began, if that was not the base images.
+        """
+        return own if self._begin is None else self._begin.over(own)
+
+    def disk(self, name: str, sectors: SectorMap) -> LazyDisk:
+        """A device in the state that a map of this journal's says; close it."""
+        return self._disk(name, sectors)
+
     def _disk(self, name: str, sectors: SectorMap, own: bytes = b"") -> LazyDisk:
-        extra: Extra = own if self._begin is None else self._begin.over(own)
-        return LazyDisk(name, sectors, self.base_paths[name], self.path, extra)
+        return LazyDisk(name, sectors, self.base_paths[name], self.path, self.made_up(own))
 
     def _index(self, device: str | None) -> int:
         if device is None:

@@ -2,15 +2,19 @@
 
 A *chain* lets events (sectors of operations) take effect on a durable base one by one and knows
 the key of every state on the way, by cumulative sums. Torn states are a chain's states with one
-more thing changed: a unit at the tear that is garbage, unreadable or wiped. A write torn from its
-end is a point of another chain, in which the sectors of each operation come in reverse.
+more thing changed: a unit at the tear that is garbage, unreadable or wiped. Of a write torn from
+its end the sectors from a point on have survived: as the sectors of one operation differ, that is
+the state before it, that after it and that at the point, added up.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from framework.explore.index import (
     I32,
@@ -27,10 +31,12 @@ from framework.explore.index import (
 _NO_IMAGE = 255
 
 
-def fact_hash(index: Index, region: int, identity: U64, image: I64 | int) -> U64:
+_WHICH = scramble(np.arange(_NO_IMAGE + 2, dtype=np.uint64))
+
+
+def fact_hash(index: Index, region: int, identity: U64, image: I64) -> U64:
     """One number for what a boot can tell of a region."""
-    which = np.asarray(image, dtype=np.uint64) + np.uint64(1)
-    return scramble(identity ^ index.salts[region] ^ scramble(which))
+    return scramble(identity ^ index.salts[region] ^ _WHICH[image + 1])
 
 
 def images_of(index: Index, region: int, distances: dict[int, I64], size: int) -> I64:
@@ -43,25 +49,49 @@ def images_of(index: Index, region: int, distances: dict[int, I64], size: int) -
     return found
 
 
-def base_facts(index: Index, base: Base) -> tuple[U64, U64]:
-    """The fact hash of every region in a durable state, and its class key (one element)."""
-    facts = np.zeros(len(index.regions), dtype=np.uint64)
+def base_facts(index: Index, base: Base) -> np.uint64:
+    """The class key of a durable state."""
+    key = np.uint64(0)
     for region in range(len(index.regions)):
         distances = {b: base.distance[b : b + 1] for b in range(len(base.distance))}
         image = images_of(index, region, distances, 1)
-        facts[region] = fact_hash(index, region, base.identity[region : region + 1], image)[0]
-    return facts, np.array([xor_all(facts)], dtype=np.uint64)
+        key ^= fact_hash(index, region, base.identity[region : region + 1], image)[0]
+    return np.uint64(key)
+
+
+@dataclasses.dataclass(slots=True)
+class States:
+    """States of a chain: those after `begin` events, or with an operation torn from its end.
+
+    With `end` and `tear`, `begin` is the state before an operation and `end` the one after it; of
+    it the sectors from `tear` on have survived.
+    """
+
+    begin: I64
+    end: I64 | None = None
+    tear: I64 | None = None
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    def at(self, places: I64) -> States:
+        """Those at some places."""
+        if self.end is None or self.tear is None:
+            return States(self.begin[places])
+        return States(self.begin[places], self.end[places], self.tear[places])
 
 
 @dataclasses.dataclass(slots=True)
 class Part:
     """A region's course along a chain: values after each event that concerns it.
 
-    `at`: the positions (0 = the first event) of those events. `identity`, `distances` (by image
-    bit) and `fact` begin with the value before any of them, so they are one longer.
+    `at`: the positions (0 = the first event) of those events, `passed`: how many of them lie
+    before each position (None if there are none at all). `identity`, `distances` (by image bit)
+    and `fact` begin with the value before any of them, so they are one longer than `at`.
     """
 
     at: I64
+    passed: I32 | None
     identity: U64
     distances: dict[int, I64]
     image: I64
@@ -69,7 +99,23 @@ class Part:
 
     def before(self, position: I64) -> I64:
         """Indices into the values that hold when `position` events have taken effect."""
-        return np.asarray(np.searchsorted(self.at, position, side="left"), dtype=np.int64)
+        if self.passed is None:
+            return np.zeros(len(position), dtype=np.int64)
+        return self.passed[position].astype(np.int64)
+
+    def values(self, states: States) -> tuple[U64, dict[int, I64]]:
+        """Identity and distances in states."""
+        at = self.before(states.begin)
+        identity = self.identity[at]
+        distances = {bit: values[at] for bit, values in self.distances.items()}
+        if states.end is not None and states.tear is not None and self.passed is not None:
+            end, tear = self.before(states.end), self.before(states.tear)
+            identity = identity ^ self.identity[end] ^ self.identity[tear]
+            distances = {
+                bit: distances[bit] + values[end] - values[tear]
+                for bit, values in self.distances.items()
+            }
+        return identity, distances
 
 
 class Chain:
@@ -86,39 +132,46 @@ class Chain:
         sector = cycle.sector[events]
         rank = cycle.row[events]
         effective, previous = _history(sector, rank, base.rank[sector])
-        first = previous < 0
-        old_mix = np.where(first, base.mix[sector], cycle.mix[events[previous]])
-        old_differs = np.where(first, base.differs[sector], cycle.differs[events[previous]])
-        self.old_mix = old_mix
-        self.effective = effective
-        self.delta = np.where(effective, old_mix ^ cycle.mix[events], np.uint64(0))
-        new_differs = np.where(effective, cycle.differs[events], old_differs)
-        self.total = _accumulate(base.total, self.delta)
-        self.distance_steps = [
+        old_mix = base.mix[sector]
+        old_differs = base.differs[sector]
+        again = np.flatnonzero(previous >= 0)
+        if len(again):
+            old_mix[again] = cycle.mix[events[previous[again]]]
+            old_differs[again] = cycle.differs[events[previous[again]]]
+        self.delta = old_mix ^ cycle.mix[events]
+        new_differs = cycle.differs[events]
+        if not bool(effective.all()):
+            self.delta[~effective] = 0
+            new_differs = np.where(effective, new_differs, old_differs)
+        self.total = accumulate(base.total, self.delta)
+        self.region = cycle.region[events]
+        self.counts_for_identity = cycle.identity[events]
+        steps: list[I64] = [
             ((new_differs >> np.uint64(bit)) & np.uint64(1)).astype(np.int64)
             - ((old_differs >> np.uint64(bit)) & np.uint64(1)).astype(np.int64)
             for bit in range(len(base.distance))
         ]
+        self.distance_steps = steps
         """For every image, by how much each event changes the distance to it."""
-        facts, key = base_facts(index, base)
-        self.base_fact = facts
         change = np.zeros(len(events), dtype=np.uint64)
-        region = cycle.region[events]
         self.parts: dict[int, Part] = {}
         for number in range(len(index.regions)):
-            at = np.flatnonzero(region == number)
-            part = self._part(number, at, base)
+            part = self._part(number, base)
             self.parts[number] = part
-            if len(at):
-                change[at] = part.fact[1:] ^ part.fact[:-1]
-        self.key = _accumulate(key[0], change)
+            if len(part.at):
+                change[part.at] = part.fact[1:] ^ part.fact[:-1]
+        self.key = accumulate(base_facts(index, base), change)
 
-    def _part(self, number: int, at: I64, base: Base) -> Part:
+    def _part(self, number: int, base: Base) -> Part:
         index = self.cycle.index
-        counts = self.cycle.identity[self.events[at]]
-        identity = _accumulate(
-            base.identity[number], np.where(counts, self.delta[at], np.uint64(0))
-        )
+        mine = self.region == number
+        at = np.flatnonzero(mine)
+        passed: I32 | None = None
+        if len(at):
+            passed = np.zeros(len(mine) + 1, dtype=np.int32)
+            np.cumsum(mine, out=passed[1:])
+        counts = self.counts_for_identity[at]
+        identity = accumulate(base.identity[number], np.where(counts, self.delta[at], np.uint64(0)))
         distances: dict[int, I64] = {}
         for slot in index.slots:
             if slot.region != number:
@@ -127,24 +180,89 @@ class Chain:
                 steps = np.cumsum(self.distance_steps[bit][at])
                 distances[bit] = np.concatenate(([0], steps)) + base.distance[bit]
         image = images_of(index, number, distances, len(at) + 1)
-        return Part(at, identity, distances, image, fact_hash(index, number, identity, image))
+        fact = fact_hash(index, number, identity, image)
+        return Part(at, passed, identity, distances, image, fact)
 
-    def image_and_identity(self, position: int) -> list[tuple[int, int]]:
-        """For every region, (place of the image, identity) of a state, to describe it."""
+    # ---------------------------------------------------------------- states
+
+    def keys(self, states: States) -> tuple[U64, U64]:
+        """Class keys and identities of states."""
+        key, total = self.key[states.begin], self.total[states.begin]
+        if states.end is None or states.tear is None:
+            return key, total
+        total = total ^ self.total[states.end] ^ self.total[states.tear]
+        for region, part in self.parts.items():
+            if part.passed is None:
+                continue
+            mine = np.flatnonzero(part.passed[states.begin] != part.passed[states.end])
+            if not len(mine):
+                continue
+            some = states.at(mine)
+            identity, distances = part.values(some)
+            image = images_of(self.cycle.index, region, distances, len(mine))
+            after = fact_hash(self.cycle.index, region, identity, image)
+            key[mine] ^= part.fact[part.before(some.begin)] ^ after
+        return key, total
+
+    def facts(self, states: States) -> list[tuple[I64, U64]]:
+        """For every region (places of the image, identities) in states, to describe them."""
         found = []
-        for number in range(len(self.cycle.index.regions)):
-            part = self.parts[number]
-            at = int(part.at.searchsorted(position))
-            found.append((int(part.image[at]), int(part.identity[at])))
+        for region, part in self.parts.items():
+            identity, distances = part.values(states)
+            image = images_of(self.cycle.index, region, distances, len(states))
+            found.append((image, identity))
         return found
 
+    def scattered(self, begin: Sequence[int], events: Sequence[I64]) -> Scattered:
+        """The states after `begin` events each, and then some events (positions) of one more.
 
-def _accumulate(start: np.uint64, steps: U64) -> U64:
+        These must all concern different sectors, and follow the `begin` ones.
+        """
+        index = self.cycle.index
+        at = np.array(begin, dtype=np.int64)
+        total = self.total[at]
+        facts = self.facts(States(at))
+        distances = {r: part.values(States(at))[1] for r, part in self.parts.items()}
+        for line, chosen in enumerate(events):
+            delta = self.delta[chosen]
+            total[line] ^= xor_all(delta)
+            regions = self.region[chosen]
+            for region in present(regions):
+                if region < 0:
+                    continue
+                mine = regions == region
+                facts[region][1][line] ^= xor_all(delta[mine & self.counts_for_identity[chosen]])
+                for bit, values in distances[region].items():
+                    values[line] += int(self.distance_steps[bit][chosen[mine]].sum())
+        key = np.zeros(len(at), dtype=np.uint64)
+        for region in self.parts:
+            identity = facts[region][1]
+            image = images_of(index, region, distances[region], len(at))
+            facts[region] = (image, identity)
+            key ^= fact_hash(index, region, identity, image)
+        return Scattered(key, total, facts)
+
+
+@dataclasses.dataclass(slots=True)
+class Scattered:
+    """Class keys, identities and facts of states with scattered tears."""
+
+    key: U64
+    total: U64
+    facts: list[tuple[I64, U64]]
+
+
+def present(regions: npt.NDArray[np.integer[Any]]) -> list[int]:
+    """The numbers (from -1 on) that occur in an array of regions, ascending."""
+    return (np.flatnonzero(np.bincount(regions + 1)) - 1).tolist()
+
+
+def accumulate(start: np.uint64, steps: U64) -> U64:
     """Cumulative XOR, the start included."""
     whole = np.empty(len(steps) + 1, dtype=np.uint64)
     whole[0] = start
     whole[1:] = steps
-    return np.asarray(np.bitwise_xor.accumulate(whole))
+    return np.bitwise_xor.accumulate(whole, out=whole)
 
 
 def _history(sector: I64, rank: np.ndarray, standing: np.ndarray) -> tuple[Bool, I64]:
@@ -186,42 +304,53 @@ def _history(sector: I64, rank: np.ndarray, standing: np.ndarray) -> tuple[Bool,
 class Blocks:
     """The universe's aligned units, each split by region: what is lost when a unit is destroyed.
 
-    `damage` is the content hash that a destroyed sector has.
-
     Attributes:
         unit: of every sector, its unit's number.
         block: of every sector, its block's number; a block is a unit's part in one region.
     """
 
-    def __init__(self, index: Index, unit_sectors: int, damage: np.uint64) -> None:
+    def __init__(self, index: Index, unit_sectors: int) -> None:
         universe = index.universe
         self.index = index
+        self.unit_sectors = unit_sectors
         sectors = universe.sectors
         devices = np.searchsorted(universe.device_base, sectors, side="right") - 1
         local = sectors - universe.device_base[devices]
         per_device = int(universe.device_sectors.max(initial=1)) // unit_sectors + 2
         unit = devices * per_device + local // unit_sectors
-        self.unit_ids, self.unit = np.unique(unit, return_inverse=True)
+        # Sectors are in order, so units are; regions are mostly, too: `unique` sees runs only.
+        begins = _begins(unit)
+        self.unit = np.cumsum(begins) - 1
+        starts = np.flatnonzero(begins)
+        self.unit_ids = unit[starts]
         regions = len(index.regions) + 1
         combined = self.unit * regions + (index.region.astype(np.int64) + 1)
-        ids, self.block = np.unique(combined, return_inverse=True)
+        heads = np.flatnonzero(_begins(combined))
+        ids, of_head = np.unique(combined[heads], return_inverse=True)
+        self.block = np.repeat(of_head, np.diff(np.append(heads, len(combined))))
         self.block_unit = ids // regions
         self.block_region = ids % regions - 1
         self.first_block = np.searchsorted(self.block_unit, np.arange(len(self.unit_ids)))
         self.blocks_in = np.diff(np.append(self.first_block, len(ids)))
-        starts = np.searchsorted(self.unit, np.arange(len(self.unit_ids)))
         self.unit_device = devices[starts]
         self.unit_first = (self.unit_ids % per_device) * unit_sectors
         self.unit_count = np.minimum(
             unit_sectors, universe.device_sectors[self.unit_device] - self.unit_first
         )
-        self._order = np.argsort(self.block, kind="stable")
-        self._sorted_block = self.block[self._order]
-        self._starts = np.searchsorted(self._sorted_block, np.arange(len(ids) + 1))
-        everything = slice(0, universe.size)
-        content = np.full(len(sectors), damage, dtype=np.uint64)
-        self.damaged = self.sums(
-            np.arange(len(ids)), index.mix(everything, content), index.differs(everything, content)
+        if bool((self.block[1:] >= self.block[:-1]).all()):
+            self._order = np.arange(len(self.block), dtype=np.int64)
+        else:
+            self._order = np.argsort(self.block, kind="stable")
+        self._starts = np.searchsorted(self.block[self._order], np.arange(len(ids) + 1))
+
+    def damaged(self, content: np.uint64) -> Sums:
+        """What every block contributes when all its sectors hold a content (its hash)."""
+        everything = slice(0, self.index.universe.size)
+        same = np.full(self.index.universe.size, content, dtype=np.uint64)
+        return self.sums(
+            np.arange(len(self.block_unit)),
+            self.index.mix(everything, same),
+            self.index.differs(everything, same),
         )
 
     def sums(self, blocks: I64, mix: U64, differs: U64) -> Sums:
@@ -290,9 +419,42 @@ class Standing:
     """What stands in the units that a stage's operations concern, before any takes effect."""
 
     def __init__(self, blocks: Blocks, base: Base, sectors: I64) -> None:
-        mine = blocks.blocks_of(np.unique(blocks.unit[sectors]))
+        touched = np.zeros(len(blocks.unit_ids), dtype=bool)
+        touched[blocks.unit[sectors]] = True
+        mine = blocks.blocks_of(np.flatnonzero(touched))
         self.sums = blocks.sums(mine, base.mix, base.differs)
         self.highest = blocks.highest(mine, base.rank)
+
+
+def _begins(values: I64) -> Bool:
+    """Whether each value differs from the one before it."""
+    return np.concatenate(([True], values[1:] != values[:-1]))[: len(values)]
+
+
+@dataclasses.dataclass(slots=True)
+class Doomed:
+    """Units to be destroyed, one a state, and what stands in each of their blocks until then.
+
+    Attributes:
+        unit: the unit's number of each.
+        layers: the units' first blocks, second blocks and so on: which of the units have one,
+            its number, and what it contributes to disk and region, and to distances.
+    """
+
+    unit: I64
+    layers: list[tuple[I64, I64, U64, U64, dict[int, I64]]]
+
+    def at(self, places: I64) -> Doomed:
+        """Those at some places."""
+        layers = []
+        for mine, block, total, identity, distances in self.layers:
+            where = np.searchsorted(mine, places)
+            has = where < len(mine)
+            has[has] = mine[where[has]] == places[has]
+            some = where[has]
+            picked = {bit: values[some] for bit, values in distances.items()}
+            layers.append((np.flatnonzero(has), block[some], total[some], identity[some], picked))
+        return Doomed(self.unit[places], layers)
 
 
 class Destroyer:
@@ -302,8 +464,7 @@ class Destroyer:
         self.chain = chain
         self.blocks = blocks
         self.standing = standing.sums
-        cycle = chain.cycle
-        of_event = blocks.block[cycle.sector[chain.events]]
+        of_event = blocks.block[chain.cycle.sector[chain.events]]
         order = np.argsort(of_event, kind="stable")
         self._step = np.int64(len(chain.events) + 1)
         self._sorted = of_event[order] * self._step + order
@@ -312,70 +473,71 @@ class Destroyer:
             np.concatenate(([0], np.cumsum(steps[order]))) for steps in chain.distance_steps
         ]
         delta = chain.delta[order]
-        mine = cycle.identity[chain.events[order]]
-        self._total = _accumulate(np.uint64(0), delta)
-        self._identity = _accumulate(np.uint64(0), np.where(mine, delta, np.uint64(0)))
+        mine = chain.counts_for_identity[order]
+        self._total = accumulate(np.uint64(0), delta)
+        self._identity = accumulate(np.uint64(0), np.where(mine, delta, np.uint64(0)))
 
-    def _content(self, block: I64, position: I64) -> tuple[U64, U64]:
-        """What a block contributes to (the disk's, its region's) identity at a position."""
-        end = np.searchsorted(self._sorted, block * self._step + position)
-        start = self._starts[block]
-        total = self.standing.total[block] ^ self._total[end] ^ self._total[start]
-        identity = self.standing.identity[block] ^ self._identity[end] ^ self._identity[start]
-        return total, identity
-
-    def evaluate(self, position: I64, unit: I64) -> tuple[U64, U64]:
-        """Class keys and identities of the states after `position` events, `unit` destroyed."""
-        key = self.chain.key[position].copy()
-        total = self.chain.total[position].copy()
+    def doom(self, position: I64, unit: I64) -> Doomed:
+        """What stands in units after `position` events."""
+        layers = []
         counts = self.blocks.blocks_in[unit]
         for extra in range(int(counts.max(initial=0))):
             mine = np.flatnonzero(counts > extra)
             block = self.blocks.first_block[unit[mine]] + extra
-            whole, identity = self._content(block, position[mine])
-            total[mine] ^= whole ^ self.blocks.damaged.total[block]
+            end = np.searchsorted(self._sorted, block * self._step + position[mine])
+            start = self._starts[block]
+            total = self.standing.total[block] ^ self._total[end] ^ self._total[start]
+            identity = self.standing.identity[block] ^ self._identity[end] ^ self._identity[start]
+            distances = {
+                bit: self.standing.distance[bit][block] + sums[end] - sums[start]
+                for bit, sums in enumerate(self._distance)
+            }
+            layers.append((mine, block, total, identity, distances))
+        return Doomed(unit, layers)
+
+    def evaluate(
+        self, states: States, intact: tuple[U64, U64], doomed: Doomed, damaged: Sums
+    ) -> tuple[U64, U64]:
+        """Class keys and identities of states (`intact`) with their units destroyed."""
+        key, total = intact[0].copy(), intact[1].copy()
+        for mine, block, whole, identity, distances in doomed.layers:
+            total[mine] ^= whole ^ damaged.total[block]
             region = self.blocks.block_region[block]
-            for number in np.unique(region).tolist():
-                if number >= 0:
-                    some = region == number
-                    key[mine[some]] ^= self._swap(
-                        number, position[mine[some]], block[some], identity[some]
-                    )
+            for number in present(region):
+                if number < 0:
+                    continue
+                some = slice(None) if bool((region == number).all()) else region == number
+                part = self.chain.parts[number]
+                before, standing = part.values(states.at(mine[some]))
+                change = identity[some] ^ damaged.identity[block[some]]
+                old = images_of(self.chain.cycle.index, number, standing, len(before))
+                after = {
+                    bit: values - distances[bit][some] + damaged.distance[bit][block[some]]
+                    for bit, values in standing.items()
+                }
+                new = images_of(self.chain.cycle.index, number, after, len(before))
+                index = self.chain.cycle.index
+                key[mine[some]] ^= fact_hash(index, number, before, old) ^ fact_hash(
+                    index, number, before ^ change, new
+                )
         return key, total
 
-    def _swap(self, region: int, position: I64, block: I64, identity: U64) -> U64:
-        """What replaces a region's fact by the one with a block destroyed."""
-        old, new, _ = self._facts(region, position, block, identity)
-        return old ^ new
-
-    def _facts(
-        self, region: int, position: I64, block: I64, identity: U64
-    ) -> tuple[U64, U64, tuple[I64, U64]]:
-        index = self.chain.cycle.index
-        part = self.chain.parts[region]
-        at = part.before(position)
-        after = part.identity[at] ^ identity ^ self.blocks.damaged.identity[block]
-        distances = {}
-        if part.distances:
-            end = np.searchsorted(self._sorted, block * self._step + position)
-            start = self._starts[block]
-            for bit, values in part.distances.items():
-                standing = self.standing.distance[bit][block]
-                standing = standing + self._distance[bit][end] - self._distance[bit][start]
-                damaged = self.blocks.damaged.distance[bit][block]
-                distances[bit] = values[at] - standing + damaged
-        image = images_of(index, region, distances, len(at))
-        return part.fact[at], fact_hash(index, region, after, image), (image, after)
-
-    def image_and_identity(self, position: int, unit: int) -> list[tuple[int, int]]:
-        """As `Chain.image_and_identity`, with the unit destroyed."""
-        found = self.chain.image_and_identity(position)
-        at = np.array([position], dtype=np.int64)
-        for extra in range(int(self.blocks.blocks_in[unit])):
-            block = np.array([self.blocks.first_block[unit] + extra], dtype=np.int64)
-            region = int(self.blocks.block_region[block[0]])
-            if region >= 0:
-                _, identity = self._content(block, at)
-                _, _, (image, after) = self._facts(region, at, block, identity)
-                found[region] = (int(image[0]), int(after[0]))
+    def facts(self, states: States, doomed: Doomed, damaged: Sums) -> list[tuple[I64, U64]]:
+        """As `Chain.facts`, with the units destroyed."""
+        found = self.chain.facts(states)
+        for mine, block, _, identity, distances in doomed.layers:
+            region = self.blocks.block_region[block]
+            for number in present(region):
+                if number < 0:
+                    continue
+                some = region == number
+                where = mine[some]
+                image, before = found[number]
+                before[where] ^= identity[some] ^ damaged.identity[block[some]]
+                _, standing = self.chain.parts[number].values(states.at(where))
+                after = {
+                    bit: values - distances[bit][some] + damaged.distance[bit][block[some]]
+                    for bit, values in standing.items()
+                }
+                image[where] = images_of(self.chain.cycle.index, number, after, len(where))
         return found

@@ -1,30 +1,79 @@
 """Depth two: cut again during the recovery from a cut.
 
-A crash state is booted (`ColdBootJudge`), and what the recovery writes is recorded in a journal
-that begins with that state. All cuts of that journal are crash states of depth two: they are
-classed and judged as those of the first depth, by the static oracle and the data judge, and owe
-what was owed at the first cut plus what the recovery itself promised. A recovery that wrote
-nothing has no cuts of its own.
+A crash state is booted, and what the recovery writes is recorded in a journal that begins with that
+state: the bootloader's and the updater's own recovery, and then, as an operator would have it, the
+same update tried again, with its restart and its commit. All cuts of that journal are crash states
+of depth two: the engine finds them as those of the first depth, the static oracle and the data
+judge judge them, and they owe what was owed at the first cut plus what the recovery itself
+promised. A recovery that wrote nothing has no cuts of its own.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
 import zstandard
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
-from framework.disk import JournalReader
+from framework.disk import CacheModel, Decision, JournalReader, PrefixCache, VolatileCache
+from framework.explore.bulk import BulkOracle, phases_of
 from framework.explore.ears import Ears
-from framework.explore.judges.boots import Booted, ColdBootJudge
+from framework.explore.engine import explore
+from framework.explore.judges.boots import BOOT_TIMEOUT_S, MAX_STARTS, Booted, ColdBootJudge
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
-from framework.explore.judges.static import StaticOracle
-from framework.explore.plain import explore_plainly
-from framework.explore.serve import StateMachine, Workplace
+from framework.explore.serve import Heard, StateMachine, Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration
-from framework.explore.timeline import SOURCE, Restarted, Step, Timeline, read_timeline, to_mark
+from framework.explore.timeline import (
+    SOURCE,
+    Promise,
+    Restarted,
+    Step,
+    Timeline,
+    read_timeline,
+    to_mark,
+)
+from framework.verdict import InstallEnded, InstallStarted
+from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
+
+DATA_LIMIT: Final = 400
+"""Most distinct data partitions of a recovery that are checked; the rest is counted."""
+RETRY_TIMEOUT_S: Final = 300.0
+_ENDED: Final = re.compile(r"BROWNOUT-RETRY (?P<code>\d+)\s*\n")
+
+
+@frozen
+class Retry:
+    """An update to be tried again after a recovery, as the shell of the device takes it.
+
+    Attributes:
+        artifact: its name.
+        install: the command; exit codes 0 and 4 say that it is installed.
+        restart: the command that restarts the device.
+    """
+
+    artifact: str
+    install: str
+    restart: str
+
+
+@frozen
+class Deeper:
+    """How deep to look.
+
+    Attributes:
+        models: cache models of the second cut.
+        retries: by artifact, how to try its update again; empty: nothing is tried again.
+        exhaustive_up_to, samples: as `engine.explore` takes them.
+    """
+
+    models: tuple[CacheModel, ...] = (PrefixCache(), VolatileCache())
+    retries: Mapping[str, Retry] = field(factory=dict)
+    exhaustive_up_to: int = 10
+    samples: int = 300
 
 
 @frozen
@@ -57,93 +106,210 @@ class DeepResult:
         booted: its recovery.
         exploration: of the recovery's journal.
         violations: what broke, over all phases of the class.
+        retried: what came of the update tried again; empty: none was.
+        unchecked: distinct data partitions that were not checked, for their number.
     """
 
     crash_class: CrashClass
     booted: Booted
     exploration: Exploration
     violations: tuple[DeepViolation, ...]
+    retried: str = ""
+    unchecked: int = 0
 
 
-def cut_again(
+def cut_again(  # noqa: PLR0917 - who, what, when, where, how
     judge: ColdBootJudge,
     ears: Ears,
     crash_class: CrashClass,
     phases: Sequence[int],
     place: Workplace,
+    deeper: Deeper,
 ) -> DeepResult:
-    """Boot a class's representative, and judge every cut of what that writes.
+    """Boot a class's representative, try the update again, and judge every cut of what that writes.
 
     Raises InfrastructureError if QEMU fails, DiskError if e2fsck does.
     """
     context = judge.context
     first = crash_class.representative
     trial = judge.oracle.on_trial(crash_class)
-    ears = evolve(ears, artifact=trial or context.initial)
+    recovery = _Recovery(
+        evolve(ears, artifact=trial or context.initial),
+        _retry_of(context.timeline, phases, deeper.retries),
+    )
     with (
         first.disks(context.journal) as disks,
         StateMachine(judge.machine, disks, place) as running,
     ):
-
-        def heard(match: re.Match[str]) -> bool:
-            event = ears.event_of(match)
-            if event is not None:
-                running.recorder.mark(SOURCE, to_mark(event))
-            return match.re is ears.boot.ready
-
-        def reset() -> None:
-            running.recorder.mark(SOURCE, to_mark(Restarted()))
-
-        heard_all = judge.start(running, ears.patterns, heard, reset)
-        booted = judge.read(crash_class, first, heard_all)
+        heard = recovery.run(running)
+        booted = judge.read(crash_class, first, recovery.until_ready(heard))
         journal = running.journal()
-        exploration = explore_plainly(journal, context.layout)
+        exploration, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
+        if broken := recovery.not_converged(context):
+            found += _never_converged(context, journal, first, phases, broken)
         return DeepResult(
-            crash_class,
-            booted,
-            exploration,
-            tuple(_judge(context, journal, exploration, first, phases)),
+            crash_class, booted, exploration, tuple(found), recovery.retried, unchecked
         )
 
 
-def _judge(
+def _retry_of(
+    timeline: Timeline, phases: Sequence[int], retries: Mapping[str, Retry]
+) -> Retry | None:
+    """The update that was under way at the latest of these phases, or else the first one."""
+    for event in reversed(timeline.events(max(phases, default=0))):
+        if isinstance(event, InstallStarted) and event.artifact in retries:
+            return retries[event.artifact]
+    return next(iter(retries.values()), None)
+
+
+class _Recovery:
+    """What is heard of a recovery, and typed in it."""
+
+    def __init__(self, ears: Ears, retry: Retry | None) -> None:
+        self.ears = ears
+        self.retry = retry
+        self.retried = ""
+        self._ready: list[int] = []
+        """How many matches there were at each ready line."""
+        self._code: int | None = None
+        self._last_version = ""
+
+    def run(self, machine: StateMachine) -> Heard:
+        """Run it, with its promises in the machine's journal."""
+        signs = self.ears.boot
+        count = 0
+
+        def mark(event: Promise) -> None:
+            machine.recorder.mark(SOURCE, to_mark(event))
+
+        def heard(match: re.Match[str]) -> bool:
+            nonlocal count
+            count += 1
+            event = self.ears.event_of(match)
+            if event is not None:
+                mark(event)
+            if match.re is _ENDED and self.retry is not None:
+                self._code = int(match["code"])
+                mark(InstallEnded(self.retry.artifact, self._code))
+                if self._code not in (EXIT_OK, EXIT_REBOOT_NEEDED):
+                    return True
+                self.ears = evolve(self.ears, artifact=self.retry.artifact)
+                machine.type(f"{self.retry.restart}\n")
+            elif match.re is signs.ready:
+                self._ready.append(count)
+                self._last_version = match["version"]
+                if self.retry is None or self._code is not None:
+                    return True
+                mark(InstallStarted(self.retry.artifact))
+                machine.type(f"{self.retry.install}; echo BROWNOUT-RETRY $?\n")
+            return False
+
+        patterns = (signs.booting, signs.nothing, signs.ready, signs.data_lost, _ENDED)
+        return machine.run(
+            list(dict.fromkeys((*patterns, *self.ears.patterns))),
+            BOOT_TIMEOUT_S if self.retry is None else BOOT_TIMEOUT_S + RETRY_TIMEOUT_S,
+            stop_on=heard,
+            on_reset=lambda: mark(Restarted()),
+            max_starts=MAX_STARTS if self.retry is None else 2 * MAX_STARTS,
+        )
+
+    def until_ready(self, heard: Heard) -> Heard:
+        """The recovery without the update that was tried again."""
+        if not self._ready:
+            return heard
+        return replace(heard, matches=heard.matches[: self._ready[0]], ended="matched")
+
+    def not_converged(self, context: Context) -> str:
+        """How the update tried again failed; empty if it did not, or none was tried."""
+        if self.retry is None or not self._ready:
+            return ""
+        name = self.retry.artifact
+        image = context.images.get(name)
+        if self._code is None:
+            self.retried = f"{name} did not end"
+        elif self._code not in (EXIT_OK, EXIT_REBOOT_NEEDED):
+            self.retried = f"{name} ended with {self._code}"
+        elif len(self._ready) < 2:
+            self.retried = f"{name} was installed, and nothing got ready after the restart"
+        elif image is not None and image.healthy and self._last_version != name:
+            self.retried = f"{name} was installed, and {self._last_version} runs"
+        else:
+            self.retried = f"{name} was installed, {self._last_version} runs"
+            return ""
+        return f"the update tried again: {self.retried}"
+
+
+def _never_converged(
     context: Context,
     journal: JournalReader,
-    exploration: Exploration,
     first: CrashState,
     phases: Sequence[int],
-) -> Iterator[DeepViolation]:
-    """Every class of the recovery, in every phase of both journals."""
+    evidence: str,
+) -> list[DeepViolation]:
+    """An update that can't be installed after a recovery breaks invariant 6."""
+    phase = max(phases, default=0)
+    end = CrashState(len(journal.operations), Decision(), "kept")
+    promised = context.timeline.describe(phase)
+    return [DeepViolation(6, evidence, phase, first, end, _packed(journal), promised)]
+
+
+def judge_recovery(
+    context: Context,
+    journal: JournalReader,
+    first: CrashState,
+    phases: Sequence[int],
+    deeper: Deeper,
+) -> tuple[Exploration, list[DeepViolation], int]:
+    """All cuts of a recovery's journal, which begins with the state `first`.
+
+    Judged in each of the phases in which the first cut is possible. Returns what was explored, what
+    broke, and how many distinct data partitions were left out.
+    """
+    exploration = explore(
+        journal,
+        context.layout,
+        deeper.models,
+        exhaustive_up_to=deeper.exhaustive_up_to,
+        samples=deeper.samples,
+    )
     recovery = read_timeline(journal.marks)
     inner = evolve(context, journal=journal)
     data = DataJudge(inner)
-    for deeper in exploration.classes:
-        data.check(deeper)
+    unchecked: set[tuple[str, ...]] = set()
+    for crash_class in exploration.classes:
+        if len(data.checked) < DATA_LIMIT:
+            data.check(crash_class)
+        elif data.key(crash_class) not in data.checked:
+            unchecked.add(data.key(crash_class))
+    found: list[DeepViolation] = []
     packed = b""
     for phase in phases:
         timeline = _owed(context.timeline, phase, recovery)
         then = evolve(inner, timeline=timeline)
-        oracle, then_data = StaticOracle(then), DataJudge(then, data.checked)
-        for deeper in exploration.classes:
+        oracle, then_data = BulkOracle(then), DataJudge(then, data.checked)
+        for crash_class in exploration.classes:
             told: set[int] = set()
-            for span in deeper.spans:
-                for later in timeline.phases_within(span.first_sequence, span.last_sequence):
-                    checked = then_data.seen(deeper, later)
-                    verdict = oracle.judge(deeper, later, *(() if checked is None else (checked,)))
-                    for finding in verdict.findings:
-                        if finding.held is not False or finding.invariant in told:
-                            continue
-                        told.add(finding.invariant)
-                        packed = packed or _packed(journal)
-                        yield DeepViolation(
+            for span, later in phases_of(crash_class, timeline):
+                checked = then_data.seen(crash_class, later)
+                verdict = oracle.judge(crash_class, later, *(() if checked is None else (checked,)))
+                for finding in verdict.findings:
+                    if finding.held is not False or finding.invariant in told:
+                        continue
+                    told.add(finding.invariant)
+                    packed = packed or _packed(journal)
+                    latest = later == timeline.phase_at(span.last_sequence - 1)
+                    found.append(
+                        DeepViolation(
                             finding.invariant,
                             finding.evidence,
                             phase,
                             first,
-                            span.latest,
+                            span.latest if latest else span.earliest,
                             packed,
                             timeline.describe(later),
                         )
+                    )
+    return exploration, found, len(unchecked)
 
 
 def _owed(before: Timeline, phase: int, recovery: Timeline) -> Timeline:

@@ -8,6 +8,7 @@ the power cycle is one variant of the recording, whose moments are a chain.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Final
@@ -17,7 +18,7 @@ import numpy as np
 from framework.disk import Kind, LooseDiscard
 from framework.explore.collect import Batch
 from framework.explore.index import I64, CycleIndex, symbol
-from framework.explore.ordered import OrderedStage
+from framework.explore.ordered import Course, moments_of
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState
 
@@ -67,13 +68,9 @@ def _variant(  # noqa: PLR0917 - one recording, one choice
     old, junk = choice
     cycle = _with_junk(stage.cycle, junk, seed)
     left = rows[~np.isin(rows, old)]
-    ordered = OrderedStage(stage, left, 0, durable_last, model.name)
-    ordered.cycle = cycle
-    chain, _ = ordered.chain()
-    states = np.concatenate(([0], ordered.ends)).astype(np.int64)
-    last = np.concatenate((cycle.arrived[left], [stage.last_sequence])).astype(np.int64)
-    mine = last > stage.first_sequence
-    batch = ordered.batch(chain, states[mine], last=last[mine])
+    course = Course.of(dataclasses.replace(stage, cycle=cycle), left, 0, durable_last)
+    batch = moments_of(course, model.name)
+    mine = np.append(cycle.arrived[left], stage.last_sequence) > stage.first_sequence
     newest = np.concatenate(([cycle.first - 1], cycle.op[left]))[mine]
     journal = cycle.index.journal
 

@@ -29,9 +29,10 @@ from framework.explore.collect import (
     Collector,
     Known,
     cycle_operation_at,
+    distinct,
     merge_spans,
 )
-from framework.explore.index import CycleIndex, Index
+from framework.explore.index import U64, Base, CycleIndex, Index
 from framework.explore.layout import Layout, Role
 from framework.explore.stages import Stage, stages
 from framework.explore.states import (
@@ -89,9 +90,8 @@ def explore(
     limits = subsets.Limits(exhaustive_up_to, samples)
     search = _Search(index, limits, seed=seed, max_classes=max_classes, progress=progress)
     for cycle in range(index.cycles):
-        for model in chosen:
-            search.run(index.cycle(cycle), model)
-    return search.result(indexed - started, time.perf_counter() - indexed)
+        search.run(index.cycle(cycle), chosen)
+    return search.result(indexed - started, lambda: time.perf_counter() - indexed)
 
 
 def largest_unit(models: Sequence[CacheModel]) -> int:
@@ -103,6 +103,82 @@ def largest_unit(models: Sequence[CacheModel]) -> int:
         elif isinstance(model, Emmc):
             units.append(model.erase_unit)
     return max(units)
+
+
+Ordered = PrefixCache | TornSector | Emmc
+"""Models that are explored by stretches of stages (see `ordered`)."""
+
+
+class _Row:
+    """A row of the coverage table while its states come in."""
+
+    def __init__(self, model: CacheModel, stage: Stage, found: subsets.Found) -> None:
+        self.model = model
+        self.cycle = stage.cycle.number
+        self.moments = (stage.first, stage.last)
+        self.open = len(stage.rows)
+        self.insertions = len(stage.insertions)
+        self.how, self.note, self.space = found.how, found.note, found.space
+        self.points = self.sampled = self.classes = 0
+        self.totals: list[U64] = []
+        self.states = 0
+
+    def seal(self) -> None:
+        """No more states come: count the distinct ones."""
+        self.states = len(distinct(np.concatenate(self.totals))) if self.totals else 0
+        self.totals.clear()
+
+    def coverage(self) -> Coverage:
+        """The row."""
+        note, how = self.note, self.how
+        if self.sampled and isinstance(self.model, TornSector):
+            note = f"{self.sampled} scattered tears are a sample"
+        elif self.sampled and how == "exhaustive":
+            how, note = "sampled", f"{self.sampled} of {self.points} states are a sample"
+        if isinstance(self.model, ReorderedCache) and self.open > windows.MOMENTS:
+            how, note = "sampled", f"{windows.MOMENTS} moments"
+        if self.insertions > ordered.MAX_INSERTIONS:
+            note = f"overtaken orders of the first {ordered.MAX_INSERTIONS} moments only"
+        return Coverage(
+            self.model.name,
+            self.cycle,
+            *self.moments,
+            how,
+            self.open,
+            self.points,
+            self.states if self.space is None else self.space,
+            self.classes,
+            note,
+        )
+
+
+class _Stretch:
+    """Neighbouring stages that one chain serves (`ordered.together`), while they are gathered."""
+
+    def __init__(self) -> None:
+        self.members: list[tuple[Stage, int]] = []
+        self.base: Base | None = None
+        self.sectors = 0
+
+    def takes(self, stage: Stage) -> bool:
+        """Whether a stage is the next of it."""
+        if not self.members:
+            return True
+        last = self.members[-1][0]
+        return (
+            last.durable <= stage.durable <= last.durable + len(last.rows)
+            and self.sectors < ordered.STRETCH_SECTORS
+        )
+
+    def take(self, stage: Stage, durable_last: int) -> None:
+        """Take it in."""
+        if self.base is None:
+            self.base = stage.base.copy()  # the stage's own moves on
+        before = self.members[-1][0] if self.members else None
+        begin = stage.durable if before is None else before.durable + len(before.rows)
+        events = stage.cycle.first_event
+        self.sectors += int(events[stage.durable + len(stage.rows)] - events[begin])
+        self.members.append((stage, durable_last))
 
 
 class _Search:
@@ -122,114 +198,148 @@ class _Search:
         self.seed = seed
         self.progress = progress
         self.collector = Collector(seed, max_classes)
-        self.coverage: list[Coverage] = []
+        self.rows: dict[CacheModel, list[_Row]] = {}
         self.product_states = 0
         self._tears: dict[CacheModel, ordered.Tears] = {}
+        self._rng: dict[CacheModel, np.random.Generator] = {}
 
-    def run(self, cycle: CycleIndex, model: CacheModel) -> None:
-        """Explore one power cycle under one model."""
+    def run(self, cycle: CycleIndex, models: Sequence[CacheModel]) -> None:
+        """Explore one power cycle under models; those that agree on what is durable together."""
         if cycle.number and cycle.last < cycle.first:
             return  # nothing happened in it, and its power-on state is the cut's
-        lies: int | None = 0
-        if isinstance(model, WriteThrough | LooseDiscard):
-            lies = None
-        elif isinstance(model, LyingFlush):
-            lies = model.flushes
-        rng = np.random.default_rng([self.seed, cycle.number])
+        alike: dict[int | None, list[CacheModel]] = {}
+        for model in models:
+            lies: int | None = 0
+            if isinstance(model, WriteThrough | LooseDiscard):
+                lies = None
+            elif isinstance(model, LyingFlush):
+                lies = model.flushes
+            alike.setdefault(lies, []).append(model)
+            self._rng[model] = np.random.default_rng([self.seed, cycle.number])
+        for believed, group in alike.items():
+            self._stages(cycle, believed, group)
+
+    def _stages(self, cycle: CycleIndex, lies: int | None, models: Sequence[CacheModel]) -> None:
+        in_order = [m for m in models if isinstance(m, Ordered)]
+        stretch = _Stretch()
         for stage in stages(cycle, lies=lies):
-            if self.progress is not None:
-                self.progress(
-                    f"{model.name}, operations {stage.first} to {stage.last}",
-                    self.collector.points,
-                    len(self.collector.classes),
-                )
             open_rows = np.zeros(len(cycle.op), dtype=bool)
             open_rows[stage.rows] = True
             durable = ~open_rows & (cycle.op <= stage.last)
             durable_last = max(int(cycle.op[durable].max(initial=0)), cycle.first - 1)
-            self._stage(stage, model, durable_last, rng)
+            for model in models:
+                if model not in in_order:
+                    self._stage(stage, model, durable_last)
+            if not in_order:
+                continue
+            if stage.durable >= 0:
+                if not stretch.takes(stage):
+                    self._ordered(stretch, in_order)
+                    stretch = _Stretch()
+                stretch.take(stage, durable_last)
+                continue
+            self._ordered(stretch, in_order)
+            stretch = _Stretch()
+            for model in in_order:
+                row = self._row(stage, model, subsets.Found((), "exhaustive"))
+                for course in ordered.courses(stage, durable_last):
+                    self._collect(self._of_course(course, model), [row])
+                row.seal()
+        self._ordered(stretch, in_order)
 
-    def _stage(
-        self, stage: Stage, model: CacheModel, durable_last: int, rng: np.random.Generator
-    ) -> None:
-        if isinstance(model, VolatileCache | LyingFlush):
-            found = subsets.explore_stage(stage, durable_last, model.name, self.limits, rng)
-            self._row(stage, model, found)
+    def _ordered(self, stretch: _Stretch, models: Sequence[Ordered]) -> None:
+        """A stretch of stages under the models that keep the order."""
+        if stretch.base is None:
             return
-        batches = self._ordered(stage, model, durable_last, rng)
-        self._row(stage, model, subsets.Found(batches, "exhaustive"))
+        course = ordered.together(stretch.base, stretch.members)
+        for model in models:
+            stage = stretch.members[0][0]
+            self._tell(model, stage.first, stretch.members[-1][0].last)
+            found = subsets.Found((), "exhaustive")
+            rows = [self._row(stage, model, found) for stage, _ in stretch.members]
+            self._collect(self._of_course(course, model), rows)
+            for row in rows:
+                row.seal()
 
-    def _ordered(
-        self, stage: Stage, model: CacheModel, durable_last: int, rng: np.random.Generator
-    ) -> Iterator[Batch]:
-        if isinstance(model, WriteThrough):
-            return ordered.kept(stage, durable_last, model.name)
+    def _of_course(self, course: ordered.Course, model: Ordered) -> Iterator[Batch]:
         if isinstance(model, PrefixCache):
-            return ordered.prefixes(stage, durable_last, model.name)
-        if isinstance(model, TornSector | Emmc):
-            if model not in self._tears:
-                self._tears[model] = ordered.Tears(self.index, model, self.seed)
-            return ordered.tears(stage, durable_last, self._tears[model], rng)
+            return iter([ordered.prefixes(course, model.name)])
+        if model not in self._tears:
+            self._tears[model] = ordered.Tears(self.index, model, self.seed)
+        return ordered.tears(course, self._tears[model], self._rng[model])
+
+    def _stage(self, stage: Stage, model: CacheModel, durable_last: int) -> None:
+        """One stage under a model that is explored stage by stage."""
+        self._tell(model, stage.first, stage.last)
+        found = self._found(stage, model, durable_last)
+        row = self._row(stage, model, found)
+        self._collect(iter(found.batches), [row])
+        row.seal()
+
+    def _found(self, stage: Stage, model: CacheModel, durable_last: int) -> subsets.Found:
+        rng = self._rng[model]
+        if isinstance(model, VolatileCache | LyingFlush):
+            return subsets.explore_stage(stage, durable_last, model.name, self.limits, rng)
+        if isinstance(model, WriteThrough):
+            return subsets.Found(ordered.kept(stage, durable_last, model.name), "exhaustive")
         if isinstance(model, ReorderedCache):
-            return windows.reordered(stage, durable_last, model)
+            return subsets.Found(windows.reordered(stage, durable_last, model), "exhaustive")
         if isinstance(model, SdCard):
-            return windows.card(stage, durable_last, model, self.limits, rng)
+            batches = windows.card(stage, durable_last, model, self.limits, rng)
+            return subsets.Found(batches, "exhaustive")
         if isinstance(model, LooseDiscard):
-            return discards.discards(stage, durable_last, model, self.seed, rng)
+            batches = discards.discards(stage, durable_last, model, self.seed, rng)
+            return subsets.Found(batches, "exhaustive")
         raise DiskError(f"cache model {model.name} can't be explored")
 
-    def _row(self, stage: Stage, model: CacheModel, found: subsets.Found) -> None:
-        """Collect a stage's batches into its row of the coverage table."""
-        points = states = sampled = 0
-        before = len(self.collector.classes) + self.collector.unkept
-        for batch in found.batches:
-            here, _ = self.collector.add(batch)
-            states += here
-            points += len(batch.key)
-            sampled += 0 if batch.exhaustive else len(batch.key)
-        note, how = found.note, found.how
-        if sampled and isinstance(model, TornSector):
-            note = f"{sampled} scattered tears are a sample"
-        elif sampled and how == "exhaustive":
-            how, note = "sampled", f"{sampled} of {points} states are a sample"
-        if isinstance(model, ReorderedCache) and len(stage.rows) > windows.MOMENTS:
-            how, note = "sampled", f"{windows.MOMENTS} moments"
-        if len(stage.insertions) > ordered.MAX_INSERTIONS:
-            note = f"overtaken orders of the first {ordered.MAX_INSERTIONS} moments only"
+    def _row(self, stage: Stage, model: CacheModel, found: subsets.Found) -> _Row:
+        row = _Row(model, stage, found)
+        self.rows.setdefault(model, []).append(row)
         if found.space is not None:
             self.product_states += found.space
-        self.coverage.append(
-            Coverage(
-                model.name,
-                stage.cycle.number,
-                stage.first,
-                stage.last,
-                how,
-                len(stage.rows),
-                points,
-                states if found.space is None else found.space,
-                len(self.collector.classes) + self.collector.unkept - before,
-                note,
+        return row
+
+    def _collect(self, batches: Iterator[Batch], rows: Sequence[_Row]) -> None:
+        """Collect batches into rows of the coverage table, a row a leg."""
+        for batch in batches:
+            fresh = self.collector.add(batch, len(rows))
+            legs = np.zeros(len(batch.key), np.int64) if batch.leg is None else batch.leg
+            bounds = np.searchsorted(legs, np.arange(len(rows) + 1)).tolist()
+            for number, row in enumerate(rows):
+                low, high = bounds[number], bounds[number + 1]
+                row.points += high - low
+                row.sampled += 0 if batch.exhaustive else high - low
+                row.classes += int(fresh[number])
+                if len(batch.total) and low < high:
+                    row.totals.append(batch.total[low:high])
+
+    def _tell(self, model: CacheModel, first: int, last: int) -> None:
+        if self.progress is not None:
+            self.progress(
+                f"{model.name}, operations {first} to {last}",
+                self.collector.points,
+                len(self.collector.classes),
             )
-        )
 
     # ---------------------------------------------------------------- the result
 
-    def result(self, index_seconds: float, seconds: float) -> Exploration:
-        """Everything as values."""
+    def result(self, index_seconds: float, clock: Callable[[], float]) -> Exploration:
+        """Everything as values; `clock`: how long the enumeration has taken so far."""
         states, per_class = self.collector.counts()
         arrivals = np.sort(self.index.journal.operations.arrived)
         operation_at = cycle_operation_at(arrivals)
-        loadable: dict[tuple[int, int], bool] = {}
+        describe = _Describe(self.index)
         classes = []
-        for key, known in self.collector.classes.items():
+        for (key, known), count in zip(
+            self.collector.classes.items(), per_class.tolist(), strict=True
+        ):
             spans = merge_spans(known.spans, operation_at)
             state = spans[-1].latest
             classes.append(
                 CrashClass(
                     f"{key:016x}",
-                    self._facts(known, state, loadable),
-                    per_class.get(key, 0),
+                    describe.facts(known, state),
+                    count,
                     state,
                     tuple(known.samples),
                     known.exhaustive,
@@ -239,45 +349,52 @@ class _Search:
             )
         classes.sort(key=lambda c: (c.first_operation, c.last_operation, c.key))
         operations, sectors = self.index.outside()
+        rows = [row.coverage() for of_model in self.rows.values() for row in of_model]
         return Exploration(
             tuple(classes),
-            tuple(self.coverage),
+            tuple(rows),
             Counts(
                 self.collector.points,
                 states,
                 self.product_states,
                 len(classes) + self.collector.unkept,
                 index_seconds,
-                seconds,
+                clock(),
             ),
             Outside(operations, sectors),
         )
 
-    def _facts(
-        self, known: Known, state: CrashState, loadable: dict[tuple[int, int], bool]
-    ) -> tuple[RegionFact, ...]:
+
+class _Describe:
+    """Describes classes; each distinct content of a region once."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._slots = {slot.region: slot for slot in index.slots}
+        self._known: dict[tuple[int, int, int], RegionFact] = {}
+
+    def facts(self, known: Known, state: CrashState) -> tuple[RegionFact, ...]:
+        """What is said of every region; `state`: a state of the class."""
         found = []
-        for number, region in enumerate(self.index.regions):
-            image, identity = known.facts[number]
-            name = None
-            loads = True
-            if region.role is Role.SLOT:
-                slot = next(s for s in self.index.slots if s.region == number)
-                name = slot.names[image] if image < len(slot.names) else None
-                if (number, identity) not in loadable:
-                    loadable[number, identity] = self._loadable(number, state)
-                loads = loadable[number, identity]
-            found.append(
-                RegionFact(
-                    region.name,
-                    region.role,
-                    name,
-                    f"{identity:016x}",
-                    loads,
-                    self._damaged(number, state),
-                )
-            )
+        for number, (image, identity) in enumerate(known.facts):
+            key = (number, image, identity)
+            fact = self._known.get(key)
+            if fact is None:
+                fact = self._known[key] = self._fact(number, image, identity, state)
+            found.append(fact)
         return tuple(found)
+
+    def _fact(self, number: int, image: int, identity: int, state: CrashState) -> RegionFact:
+        region = self.index.regions[number]
+        name = None
+        loads = True
+        if region.role is Role.SLOT:
+            names = self._slots[number].names
+            name = names[image] if image < len(names) else None
+            loads = self._loadable(number, state)
+        return RegionFact(
+            region.name, region.role, name, f"{identity:016x}", loads, self._damaged(number, state)
+        )
 
     def _loadable(self, number: int, state: CrashState) -> bool:
         region = self.index.regions[number]

@@ -23,7 +23,8 @@ from typing import Final, Protocol, TypeVar
 from attrs import define, evolve, field, frozen
 
 from framework.disk import CacheModel
-from framework.explore.deep import DeepResult, cut_again
+from framework.explore.bulk import BulkOracle, phases_of
+from framework.explore.deep import Deeper, DeepResult, cut_again
 from framework.explore.ears import Ears
 from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
@@ -160,6 +161,7 @@ class Examiner:
         ears: what its console says.
         progress: told what is done.
         seed: of the samples.
+        deeper: how to cut again.
     """
 
     context: Context
@@ -168,6 +170,7 @@ class Examiner:
     progress: Progress = field(factory=Silence)
     seed: int = 0
     workers: int = WORKERS
+    deeper: Deeper = field(factory=Deeper)
 
     def explore(
         self,
@@ -193,7 +196,7 @@ class Examiner:
         """Judge what was found, by the judges named (`static` always)."""
         wanted = set(judges)
         context, machine = self.context, self.machine
-        work = _Work(self, Examination(exploration), StaticOracle(context), DataJudge(context))
+        work = _Work(self, Examination(exploration), BulkOracle(context), DataJudge(context))
         if "data" in wanted:
             work.check_data(bounds.data)
         work.judge_statically()
@@ -308,14 +311,7 @@ class _Work:
         )
 
     def _phases(self, crash_class: CrashClass) -> Iterator[tuple[Span, int]]:
-        """The phases in which power can fail so that the class results, each once."""
-        timeline = self.examiner.context.timeline
-        told: set[int] = set()
-        for span in crash_class.spans:
-            for phase in timeline.phases_within(span.first_sequence, span.last_sequence):
-                if phase not in told:
-                    told.add(phase)
-                    yield span, phase
+        return phases_of(crash_class, self.examiner.context.timeline)
 
     def _judge(
         self, name: str, crash_class: CrashClass, booted: Booted | None, when: tuple[Span, int]
@@ -455,7 +451,12 @@ class _Work:
         with Workplace() as place:
             results = _each(
                 lambda c: cut_again(
-                    judge, self.examiner.ears, c, [phase for _, phase in self._phases(c)], place
+                    judge,
+                    self.examiner.ears,
+                    c,
+                    [phase for _, phase in self._phases(c)],
+                    place,
+                    self.examiner.deeper,
                 ),
                 classes,
                 self.examiner.workers,

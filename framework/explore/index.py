@@ -33,7 +33,7 @@ import xxhash
 
 from framework.disk import SECTOR, JournalReader, Kind, LazyDisk, PowerCycle, UnreadableSectorError
 from framework.disk.digest import region_sha256
-from framework.disk.lazy import UNREADABLE, ZERO, SectorMap, new_map, runs
+from framework.disk.lazy import EXTRA, UNREADABLE, ZERO, SectorMap, new_map, runs
 from framework.explore.layout import Layout, LayoutMistakeError, Region, Role
 
 U64 = npt.NDArray[np.uint64]
@@ -311,13 +311,18 @@ class Index:
             yield maps[device], first, count
 
     def _read_rest(self, found: U64, at: I64, position: I64) -> None:
-        """Content that no write has: rot, and what earlier cuts made up."""
+        """Content that no write has: rot, what earlier cuts made up, what was there before."""
         if not len(at):
             return
+        beneath = self.journal.made_up()
         with self.journal.path.open("rb") as file:
             for place, where in zip(at.tolist(), position.tolist(), strict=True):
-                file.seek(where)
-                found[place] = hash_sectors(file.read(SECTOR), 0, 1)[0]
+                if where >= EXTRA:
+                    data = beneath[where - EXTRA : where - EXTRA + SECTOR]
+                else:
+                    file.seek(where)
+                    data = file.read(SECTOR)
+                found[place] = hash_sectors(data, 0, 1)[0]
 
     def mix(self, at: I64 | slice, content: U64) -> U64:
         """What a content at a sector contributes to an identity."""
@@ -385,9 +390,7 @@ class Index:
             seen.add(content.tobytes())
             name = part.device
             device = self.journal.devices.index(name)
-            with LazyDisk(
-                name, maps[device], self.journal.base_paths[name], self.journal.path
-            ) as disk:
+            with self.journal.disk(name, maps[device]) as disk:
                 for size in sizes:
                     try:
                         digest = region_sha256(disk, part.offset, size)
@@ -670,7 +673,7 @@ class CycleIndex:
         delta = base.mix[at] ^ self.mix[events]
         base.total ^= xor_all(delta)
         region = self.region[events]
-        for number in np.unique(region).tolist():
+        for number in (np.flatnonzero(np.bincount(region + 1)) - 1).tolist():
             if number >= 0:
                 mine = (region == number) & self.identity[events]
                 base.identity[number] ^= xor_all(delta[mine])

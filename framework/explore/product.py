@@ -222,11 +222,11 @@ def _fold(combiner: Combiner, groups: list[Group]) -> list[Group]:
     arrived = combiner.stage.cycle.arrived[combiner.stage.rows]
     # Of each mask that can be reached: the earliest moment, and the last step of a way to it.
     steps: list[tuple[int, int]] = [(-1, -1)]
-    reached: dict[int, tuple[int, int]] = {int(slots): (0, 0)}
+    reached: dict[int, tuple[int, int]] = {int(slots): (-1, 0)}
     states = 1
     for group in plain:
         states *= group.states
-        latest = np.where(group.bits, arrived[group.rows], 0).max(axis=1, initial=0).tolist()
+        latest = np.where(group.bits, arrived[group.rows], -1).max(axis=1, initial=-1).tolist()
         choices: dict[int, tuple[int, int]] = {}
         for outcome, mask in enumerate((group.matches & slots).tolist()):
             choices[mask] = min(
@@ -305,7 +305,7 @@ def _batch(
         choice = choices[:, column]
         identity ^= group.identity[choice]
         matches &= group.matches[choice]
-        latest = np.where(group.bits, arrived[group.rows], 0).max(axis=1, initial=0)
+        latest = np.where(group.bits, arrived[group.rows], -1).max(axis=1, initial=-1)
         first = np.maximum(first, latest[choice])
     ops = stage.cycle.op[stage.rows]
 
@@ -320,7 +320,7 @@ def _batch(
         np.zeros(0, dtype=np.uint64),
         first,
         stage.last_sequence,
-        lambda place: combiner.facts(identity[place], matches[place]),
+        lambda places: combiner.facts(identity[places], matches[places]),
         locate,
         opening.model,
         stage.cycle.number,

@@ -119,6 +119,7 @@ class StateMachine:
             machine, disks=tuple(disk for disk in machine.disks if disk.name in disks)
         )
         self._place = place
+        self._running: _Qemu | None = None
         self.begin = StartState.of(disks)
         self._directory = Path(tempfile.mkdtemp(prefix="state-", dir=place.run.path))
         # The base's digest isn't needed: the recording's was checked when it was opened.
@@ -142,6 +143,12 @@ class StateMachine:
             self.recorder.close()
         finally:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def type(self, keys: str) -> None:
+        """Send keys to the console of the machine that runs: from a `stop_on` of `run`."""
+        if self._running is None:
+            raise InfrastructureError("nothing runs that keys could be sent to")
+        self._running.type(keys)
 
     def journal(self) -> JournalReader:
         """What the machine did so far, read back; valid as long as this is open."""
@@ -179,6 +186,7 @@ class StateMachine:
                 break
             starts += 1
             with self._qemu(snapshot) as qemu:
+                self._running = qemu
                 ended = "timed out"
                 for chunk, event in qemu.listen(deadline):
                     if event == "reset":
@@ -312,6 +320,11 @@ class _Qemu:
         self._process.kill()
         self._console.close()
         self._monitor.close()
+
+    def type(self, keys: str) -> None:
+        """Send keys to the console."""
+        with contextlib.suppress(OSError):  # a machine that just ended is noticed by `listen`
+            self._console.sendall(keys.encode())
 
     def converse(self, keys: Callable[[], bytes | None], show: Callable[[bytes], None]) -> str:
         """Pass keys and output; why it ended."""

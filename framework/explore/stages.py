@@ -34,6 +34,9 @@ class Stage:
             on and before the last one.
         insertions: moments n of it at which an operation that had arrived later had overtaken
             one that was open: only there, the order of application is not that of arrival.
+        durable: how many rows are durable if these are exactly the first ones in the order of
+            application, and the open ones are exactly those that follow, in the order of arrival;
+            else -1. Such stages are stretches of one sequence (`ordered`).
     """
 
     cycle: CycleIndex
@@ -44,6 +47,7 @@ class Stage:
     first_sequence: int
     last_sequence: int
     insertions: tuple[int, ...]
+    durable: int = -1
 
     def open_at(self, moment: int) -> I64:
         """The open rows at a moment, in the order of application."""
@@ -170,7 +174,19 @@ def _stage(
 ) -> Stage:
     rows = np.flatnonzero(~durable & ~cycle.rot & (cycle.op <= moments[1]))
     insertions = tuple(n for n in _insertions(cycle.op[rows]) if n >= moments[0])
-    return Stage(cycle, base, rows, *moments, *sequences, insertions=insertions)
+    first = _in_order(cycle, durable, rows)
+    return Stage(cycle, base, rows, *moments, *sequences, insertions=insertions, durable=first)
+
+
+def _in_order(cycle: CycleIndex, durable: Bool, rows: I64) -> int:
+    """See `Stage.durable`."""
+    count = int(durable.sum())
+    if not bool(durable[:count].all()):
+        return -1
+    if len(rows) and (rows[0] != count or rows[-1] != count + len(rows) - 1):
+        return -1
+    ops = cycle.op[rows]
+    return count if bool((ops[1:] > ops[:-1]).all()) else -1
 
 
 def _insertions(numbers: I64) -> tuple[int, ...]:

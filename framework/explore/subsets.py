@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from framework.explore.chains import fact_hash
-from framework.explore.collect import Batch, Facts, Opening
+from framework.explore.collect import Batch, Opening
 from framework.explore.index import I64, U64, Bool, Index, scramble, xor_all
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState
@@ -180,11 +180,10 @@ class Combiner:
                 key ^= one[0]
         return key
 
-    def facts(self, identity: npt.NDArray[np.uint64], matches: np.uint64) -> Facts:
-        """Describe one state. `identity`: of every region."""
-        mask = np.array([matches], dtype=np.uint64)
+    def facts(self, identity: npt.NDArray[np.uint64], matches: U64) -> list[tuple[I64, U64]]:
+        """Describe states, for `Batch.facts`. `identity`: (states, regions)."""
         return [
-            (int(self.images(region, mask)[0]), int(identity[region]))
+            (self.images(region, matches), identity[:, region])
             for region in range(len(self.index.regions))
         ]
 
@@ -193,7 +192,8 @@ def _covered(stage: Stage) -> I64:
     cycle = stage.cycle
     events = cycle.events_of(stage.rows)
     sector = cycle.sector[events]
-    return np.unique(sector[cycle.row[events] > stage.base.rank[sector]])
+    sector = np.sort(sector[cycle.row[events] > stage.base.rank[sector]])
+    return sector[np.concatenate(([True], sector[1:] != sector[:-1]))[: len(sector)]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -251,9 +251,9 @@ def subset_batch(
     outcomes = evaluate(combiner, bits)
     arrived = stage.cycle.arrived[stage.rows]
     if len(arrived):
-        first = np.where(bits, arrived, 0).max(axis=1, initial=0)
+        first = np.where(bits, arrived, -1).max(axis=1, initial=-1)
     else:
-        first = np.zeros(len(bits), dtype=np.int64)
+        first = np.full(len(bits), -1, dtype=np.int64)
     ops = stage.cycle.op[stage.rows]
     packed = np.packbits(bits, axis=1)
     width = bits.shape[1]
@@ -267,7 +267,7 @@ def subset_batch(
         outcomes.total,
         np.maximum(first, stage.first_sequence),
         stage.last_sequence,
-        lambda place: combiner.facts(outcomes.identity[place], outcomes.matches[place]),
+        lambda places: combiner.facts(outcomes.identity[places], outcomes.matches[places]),
         locate,
         opening.model,
         stage.cycle.number,

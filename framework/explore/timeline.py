@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from attrs import asdict, frozen
@@ -81,9 +82,13 @@ class Timeline:
 
     steps: tuple[Step, ...]
 
+    @cached_property
+    def _sequences(self) -> tuple[int, ...]:
+        return tuple(step.sequence for step in self.steps)
+
     def phase_at(self, sequence: int) -> int:
         """The phase of a power failure right after record `sequence` of the journal."""
-        return bisect_right([step.sequence for step in self.steps], sequence)
+        return bisect_right(self._sequences, sequence)
 
     def phases_within(self, first_sequence: int, last_sequence: int) -> range:
         """The phases of failures after records first <= s < last."""

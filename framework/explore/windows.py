@@ -21,8 +21,8 @@ from typing import Final
 import numpy as np
 
 from framework.disk import ReorderedCache, SdCard
-from framework.explore.chains import Chain, fact_hash, images_of
-from framework.explore.collect import Batch, Facts, Opening
+from framework.explore.chains import Chain, States, fact_hash, images_of
+from framework.explore.collect import Batch, Opening
 from framework.explore.index import I64, U64, Base, Bool
 from framework.explore.stages import Stage
 from framework.explore.states import CrashState
@@ -39,6 +39,7 @@ def reordered(stage: Stage, durable_last: int, model: ReorderedCache) -> Iterato
     combiner = Combiner(stage, atoms_of(stage))
     ops = stage.cycle.op[stage.rows]
     moments = np.unique(np.concatenate(([stage.first], ops[ops >= stage.first])))
+    every = moments
     if len(moments) > MOMENTS:
         moments = moments[np.linspace(0, len(moments) - 1, MOMENTS).astype(np.int64)]
     for part in np.array_split(moments, max(1, len(moments) * len(ops) // (1 << 22))):
@@ -47,7 +48,21 @@ def reordered(stage: Stage, durable_last: int, model: ReorderedCache) -> Iterato
             present = np.flatnonzero(ops <= moment)
             kept = int(np.ceil(len(present) * model.keep))
             bits[line, present[len(present) - kept :]] = True
-        yield subset_batch(combiner, opening, bits, exhaustive=True)
+        batch = subset_batch(combiner, opening, bits, exhaustive=True)
+        batch.first_sequence, batch.last_sequence = _around(stage, every, part)
+        yield batch
+
+
+def _around(stage: Stage, moments: I64, part: I64) -> tuple[I64, I64]:
+    """When some of a stage's moments begin, and when the moment after each does.
+
+    `moments` but for the first are the arrivals of open operations.
+    """
+    arrived = stage.cycle.index.journal.operations.arrived
+    begins = np.concatenate(([stage.first_sequence], arrived[moments[1:] - 1]))
+    ends = np.append(begins[1:], stage.last_sequence)
+    at = np.searchsorted(moments, part)
+    return np.maximum(begins[at], stage.first_sequence), ends[at]
 
 
 def card(
@@ -58,9 +73,13 @@ def card(
     slow = window.slow(limits)
     places = np.arange(window.first_place, len(slow))
     hard = slow[places] if window.first_place >= 0 else np.append(True, slow)
-    if not bool(hard.all()):
+    mixed = not bool(hard.all())
+    if mixed:
         yield from window.fast(places[~hard])
-    yield from window.one_by_one(places[hard], limits, rng)
+    for batch, place, bits in window.one_by_one(places[hard], limits, rng):
+        if mixed:  # at the places after it only what is new is looked at
+            batch.last_sequence = window.until(place, bits)
+        yield batch
 
 
 class _Window:
@@ -150,9 +169,8 @@ class _Window:
             gone_ops = np.concatenate((self.ops[gone], self.ops[place + 1 :]))
             return self.opening.state(int(self.ops[place]), gone_ops)
 
-        def facts(where: int) -> Facts:
-            place = int(places[at[where]])
-            return course.facts(place, int(which[where]), self.width)
+        def facts(where: I64) -> list[tuple[I64, U64]]:
+            return course.facts(places[at[where]], which[where], self.width)
 
         return Batch(
             key[valid],
@@ -168,22 +186,42 @@ class _Window:
 
     # ------------------------------------------------------------ one by one
 
-    def one_by_one(self, places: I64, limits: Limits, rng: np.random.Generator) -> Iterator[Batch]:
-        """Places where the order, the devices or a sector written twice make it harder."""
+    def one_by_one(
+        self, places: I64, limits: Limits, rng: np.random.Generator
+    ) -> Iterator[tuple[Batch, int, Bool]]:
+        """Places where the order, the devices or a sector written twice make it harder.
+
+        With each batch its place, and which of the operations in the window each state keeps.
+        """
         if not len(places):
             return
         size = len(self.ops)
         by_arrival = np.argsort(self.ops, kind="stable")
-        base = self.stage.base.copy()
+        base = self.stage.base
         passed = np.zeros(size, dtype=bool)
         for place in places.tolist():
             present = np.zeros(size, dtype=bool)
             present[by_arrival[: place + 1]] = True
             at_stake = self._at_stake(present)
             older = np.flatnonzero(present & ~at_stake & ~passed)
-            self.cycle.advance(base, self.stage.rows[older])
+            if len(older):
+                base = base if base is not self.stage.base else base.copy()
+                self.cycle.advance(base, self.stage.rows[older])
             passed[older] = True
-            yield self._one(base, np.flatnonzero(at_stake), place, passed, limits=limits, rng=rng)
+            rows = np.flatnonzero(at_stake)
+            batch, bits = self._one(base, rows, place, passed, limits=limits, rng=rng)
+            yield batch, place, bits
+
+    def until(self, place: int, bits: Bool) -> I64:
+        """Where all is in order: when the states of a place are no longer possible.
+
+        That is when the oldest operation that is lost leaves the window.
+        """
+        first = place + 1 - bits.shape[1]
+        lost = np.concatenate((~bits, np.ones((len(bits), 1), dtype=bool)), axis=1)
+        leaves = first + lost.argmax(axis=1) + self.width
+        ends = np.append(self.arrived, self.stage.last_sequence)
+        return np.asarray(ends[np.minimum(leaves, len(self.arrived))])
 
     def _at_stake(self, present: Bool) -> Bool:
         found = np.zeros(len(present), dtype=bool)
@@ -201,7 +239,7 @@ class _Window:
         *,
         limits: Limits,
         rng: np.random.Generator,
-    ) -> Batch:
+    ) -> tuple[Batch, Bool]:
         until = place + 1
         last = (
             int(np.sort(self.arrived)[until]) if until < len(self.ops) else self.stage.last_sequence
@@ -230,7 +268,8 @@ class _Window:
             bits = ((numbers[:, None] >> np.arange(count)) & 1).astype(bool)
         else:
             bits = sample_bits(count, limits.samples, rng)
-        return subset_batch(Combiner(stage, atoms_of(stage)), opening, bits, exhaustive=exhaustive)
+        combiner = Combiner(stage, atoms_of(stage))
+        return subset_batch(combiner, opening, bits, exhaustive=exhaustive), bits
 
 
 # ---------------------------------------------------------------- contributions by operation
@@ -299,17 +338,17 @@ class _Course:
                 np.diff(at) > 0,
             )
 
-    def facts(self, place: int, mask: int, width: int) -> Facts:
-        """Describe a state."""
-        found = self.chain.image_and_identity(int(self.ends[place + 1]))
-        lost = [place - k - 1 for k in range(width - 1) if mask >> k & 1]
+    def facts(self, place: I64, mask: I64, width: int) -> list[tuple[I64, U64]]:
+        """Describe states: their places and masks of lost operations."""
+        found = self.chain.facts(States(self.ends[place + 1]))
         for region, part in self.regions.items():
             identity = part.identity[place + 1]
-            distances = {b: int(v[place + 1]) for b, v in part.distances.items()}
-            for one in lost:
-                identity ^= part.change[one]
-                distances = {b: d - int(part.steps[b][one]) for b, d in distances.items()}
-            arrays = {b: np.array([d]) for b, d in distances.items()}
-            image = images_of(self.cycle.index, region, arrays, 1)
-            found[region] = (int(image[0]), int(identity))
+            distances = {bit: values[place + 1] for bit, values in part.distances.items()}
+            for back in range(1, width):
+                lost = (mask >> (back - 1)) & 1 == 1
+                one = np.maximum(place - back, 0)
+                identity = np.where(lost, identity ^ part.change[one], identity)
+                for bit, steps in part.steps.items():
+                    distances[bit] = distances[bit] - np.where(lost, steps[one], 0)
+            found[region] = (images_of(self.cycle.index, region, distances, len(place)), identity)
         return found

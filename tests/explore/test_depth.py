@@ -96,6 +96,7 @@ def test_a_cut_during_the_recovery_from_a_cut_is_explained_by_both_journals(
                     client.write(at, data)
                     content[at : at + len(data)] = data
                     states.append(bytes(content))
+                client.flush()  # what arrives later finds the last completion in the journal
             reader = JournalReader(recorder.journal_path, begin=begin)
             for number, wanted in enumerate(states):
                 with reader.state_at(number) as found:

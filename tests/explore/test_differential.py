@@ -7,10 +7,10 @@ import random
 import pytest
 import tiny_ab
 from disk_nbd_client import FUA, Client
+from explore_plain import class_of
 
 from framework.disk import MODELS, DeviceSpec, JournalReader, Kind, Recorder, Trigger, model_from
 from framework.explore.judges.static import StaticOracle
-from framework.explore.plain import class_of
 from framework.explore.states import CrashState, Disks
 
 POINTS = 216

@@ -154,7 +154,26 @@ def check(script, model, **options):
         assert exhaustive <= set(classes), "a class that the model does not reach"
         if not sampled:
             assert exhaustive == set(classes)
+        if all(op.delay == 0 and not op.fua for op in script):
+            check_moments(script, {f: mine[f] for f in exhaustive}, classes)
         return found, mine, truth, classes, sampled, scattered
+
+
+def check_moments(script, mine, classes):
+    """Power can fail so that a class results when the spans say so, and at no other moment.
+
+    The reference lets a flush take effect as it arrives; in truth it may yet be lost until it is
+    answered, which the spans know.
+    """
+    flushes = {number for number, op in enumerate(script, 1) if op.kind == "flush"}
+    for facts, one in mine.items():
+        told = {
+            moment
+            for span in one.spans
+            for moment in range(span.first_operation, span.last_operation + 1)
+        }
+        assert told >= classes[facts][1], "a moment at which a class is possible is missing"
+        assert told - classes[facts][1] <= flushes, "a class at a moment when it is not possible"
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)

@@ -73,27 +73,23 @@ def arrival_for_application(monkeypatch):
 
 
 def no_suffix_tears(monkeypatch):
-    honest = ordered.OrderedStage.chain
+    honest = ordered._mixes
 
-    def planted(self, *, reverse=False):
-        return honest(self, reverse=False)
+    def planted(course, units, model, *, reverse):
+        return honest(course, units, model, reverse=False)
 
-    monkeypatch.setattr(ordered.OrderedStage, "chain", planted)
+    monkeypatch.setattr(ordered, "_mixes", planted)
 
 
 def damage_without_its_neighbours(monkeypatch):
     """A destroyed unit loses only its first block."""
-    honest = chains.Destroyer.evaluate
+    honest = chains.Destroyer.doom
 
     def planted(self, position, unit):
-        counts = self.blocks.blocks_in
-        self.blocks.blocks_in = np.minimum(counts, 1)
-        try:
-            return honest(self, position, unit)
-        finally:
-            self.blocks.blocks_in = counts
+        doomed = honest(self, position, unit)
+        return dataclasses.replace(doomed, layers=doomed.layers[:1])
 
-    monkeypatch.setattr(chains.Destroyer, "evaluate", planted)
+    monkeypatch.setattr(chains.Destroyer, "doom", planted)
 
 
 def every_image_fits(monkeypatch):

@@ -1,39 +1,28 @@
-"""A plain enumerator for short journals: every state is made, read and classed, one by one.
+"""One crash state, made and read as bytes: its class, without the engine.
 
-For what a recovery writes (depth two: a dozen operations), where the engine's index costs more
-than it saves. It visits, after every operation, the state with all completed operations, and
-every subset of those at stake, as long as these are at most `exhaustive_up_to`; beyond that, the
-prefixes only, and its coverage row says so. Content is identified by hashing it.
+A reference for the tests. Content is identified by hashing what is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import time
-from collections.abc import Iterator
 
 import numpy as np
 import xxhash
 
 from framework.disk import (
     SECTOR,
-    Decision,
     DiskError,
     JournalReader,
     LazyDisk,
     UnreadableSectorError,
 )
-from framework.disk.state import PowerCycle
 from framework.explore.layout import Layout, Region, Role
 from framework.explore.states import (
-    Counts,
-    Coverage,
     CrashClass,
     CrashState,
     Disks,
-    Exploration,
-    Outside,
     RegionFact,
     Span,
 )
@@ -42,67 +31,9 @@ MODEL = "subset"
 _CHUNK = 4 << 20
 
 
-def explore_plainly(
-    journal: JournalReader, layout: Layout, *, exhaustive_up_to: int = 8
-) -> Exploration:
-    """Every crash state of a short journal under a volatile cache, classed.
-
-    Raises DiskError if the journal's files can't be read.
-    """
-    began = time.monotonic()
-    eyes = _Eyes(layout)
-    found: dict[tuple[RegionFact, ...], list[tuple[CrashState, int]]] = {}
-    points, most, whole = 0, 0, True
-    states: set[bytes] = set()
-    for operation in range(len(journal.operations) + 1):
-        _, cycle = journal.power_cycle_at(operation)
-        at_stake = len(cycle.open_rows())
-        most = max(most, at_stake)
-        whole = whole and at_stake <= exhaustive_up_to
-        for decision in _decisions(cycle, exhaustive_up_to):
-            state = CrashState(operation, decision, MODEL)
-            with state.disks(journal) as disks:
-                points += 1
-                facts = eyes.facts(disks)
-                states.add(eyes.identity(disks))
-            found.setdefault(facts, []).append((state, operation))
-    classes = tuple(_class(journal, facts, members) for facts, members in found.items())
-    row = Coverage(
-        MODEL,
-        0,
-        0,
-        len(journal.operations),
-        "exhaustive" if whole else "sampled",
-        most,
-        points,
-        len(states),
-        len(classes),
-        "" if whole else "prefixes only where more were at stake",
-    )
-    seconds = time.monotonic() - began
-    return Exploration(
-        classes,
-        (row,),
-        Counts(points, len(states), 0, len(classes), 0.0, seconds),
-        Outside(0, 0),
-    )
-
-
 def class_of(disks: Disks, layout: Layout, state: CrashState, journal: JournalReader) -> CrashClass:
     """The class of one state that is made already, with no other member."""
     return _class(journal, _Eyes(layout).facts(disks), [(state, state.operation)])
-
-
-def _decisions(cycle: PowerCycle, exhaustive_up_to: int) -> Iterator[Decision]:
-    rows = (cycle.open_rows() + cycle.operations.first).tolist()
-    count = len(rows)
-    if count <= exhaustive_up_to:
-        for size in range(count + 1):
-            for lost in itertools.combinations(sorted(rows), size):
-                yield Decision(dropped=lost, open_operations=count)
-        return
-    for keep in range(count + 1):
-        yield Decision(dropped=tuple(sorted(rows[keep:])), open_operations=count)
 
 
 def _class(
