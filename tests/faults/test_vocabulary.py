@@ -63,12 +63,12 @@ def test_a_fault_reads_as_a_sentence(fault: object, sentence: str) -> None:
 
 
 def test_a_fault_refuses_a_trigger_that_it_cannot_have() -> None:
-    with pytest.raises(FaultError, match="not the proxy"):
-        PowerCut().when(downloaded(percent=1))
-    with pytest.raises(FaultError, match="bytes through the proxy"):
-        NetworkDrop("fin").when(slot_write(percent=1))
     with pytest.raises(FaultError, match="a place in the slot"):
         BitFlip().when(state("Download"))
+    with pytest.raises(FaultError, match="over when it is left"):
+        state("Download").leave().at(percent=5)
+    with pytest.raises(FaultError, match="a percent or a number"):
+        state("Download").at()
 
 
 def test_an_unknown_cache_model_is_refused_with_the_known_ones() -> None:
