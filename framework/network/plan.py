@@ -40,6 +40,8 @@ VERBS: dict[str, str] = {
 }
 ENDS_CONNECTIONS = ("fin", "reset", "refuse", "divert")
 """Kinds that end the connection on which they strike."""
+MANGLING = ("corrupt", "duplicate")
+"""Kinds that change one byte and let the stream go on."""
 
 
 @frozen

@@ -24,6 +24,7 @@ from attrs import frozen
 
 from framework.network.plan import (
     ENDS_CONNECTIONS,
+    MANGLING,
     Direction,
     NetworkFault,
     mangle,
@@ -107,13 +108,11 @@ class FaultProxy:
         self._divert: NetworkFault | None = None
         self._diverted_left: int | None = None
         self._healthy = asyncio.Event()
-        self._accepting = asyncio.Event()
         self._fillers: list[socket.socket] = []
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._socket: socket.socket | None = None
         self._thread: threading.Thread | None = None
-        self._acceptor: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -138,8 +137,7 @@ class FaultProxy:
 
         async def begin() -> None:
             self._healthy.set()
-            self._accepting.set()
-            self._acceptor = asyncio.ensure_future(self._accept())
+            self._listen_again()
             started.set()
 
         def run() -> None:
@@ -161,13 +159,14 @@ class FaultProxy:
 
         async def shut_down() -> None:
             self._abort_all()
-            tasks = [*self._tasks, *([self._acceptor] if self._acceptor else [])]
-            for task in tasks:
+            for task in list(self._tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             if self._socket is not None:
+                self._loop.remove_reader(self._socket)
                 self._socket.close()
-            self._empty_queue()
+            for filler in self._fillers:
+                filler.close()
             self._loop.stop()
 
         asyncio.run_coroutine_threadsafe(shut_down(), self._loop)
@@ -230,39 +229,36 @@ class FaultProxy:
         self._slow = None
         self._divert = None
         self._diverted_left = None
-        if self._refusing and self._socket is not None:
+        if self._refusing or self._fillers:
             self._refusing = False
-            self._socket.listen(BACKLOG)
-        if self._fillers and self._socket is not None:
-            self._socket.listen(BACKLOG)
-            self._empty_queue()
-        self._accepting.set()
+            self._listen_again()
         self._healthy.set()
 
-    def _empty_queue(self) -> None:
-        for filler in self._fillers:
-            filler.close()
-        self._fillers.clear()
+    def _listen_again(self) -> None:
+        assert self._socket is not None
+        self._socket.listen(BACKLOG)
+        self._loop.add_reader(self._socket, self._accept)
 
     def _say(self, text: str) -> None:
         if self.on_event is not None:
             self.on_event(ProxyEvent(time.monotonic_ns(), text))
 
-    async def _accept(self) -> None:
+    def _accept(self) -> None:
         assert self._socket is not None
-        while True:
-            await self._accepting.wait()
-            try:
-                connection, _ = await self._loop.sock_accept(self._socket)
-            except OSError:
-                # The queue was closed by a refusal, or the device gave up in it.
-                await asyncio.sleep(0)
-                if self._refusing:
-                    self._accepting.clear()
-                continue
-            task = asyncio.ensure_future(self._serve(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        try:
+            connection, peer = self._socket.accept()
+        except OSError:
+            return  # the device gave up in the queue
+        connection.setblocking(False)
+        for filler in self._fillers:
+            if filler.getsockname() == peer:
+                connection.close()
+                filler.close()
+                self._fillers.remove(filler)
+                return
+        task = asyncio.ensure_future(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=connection)
@@ -343,8 +339,12 @@ class FaultProxy:
             due.bytes_left = due.fault.at_byte
             if due.times_left == 0:
                 self._armed.remove(due)
-            elif due.fault.kind in ("corrupt", "duplicate", "slow", "watch"):
-                due.bytes_left += 1  # the byte that it struck is not counted again
+            if due.fault.kind in MANGLING:
+                # The struck byte goes out by itself: the others must count it all the same.
+                for armed in waiting:
+                    armed.bytes_left -= armed is not due and armed.bytes_left > 0
+            elif due.fault.kind not in ENDS_CONNECTIONS:
+                due.bytes_left += 1  # the byte that it struck comes again, and is not a new one
             return due, clean
 
     async def _happen(
@@ -362,7 +362,7 @@ class FaultProxy:
         armed.fired.set()
         if armed.on_strike is not None:
             armed.on_strike()
-        if fault.kind in ("corrupt", "duplicate"):
+        if fault.kind in MANGLING:
             mangled = mangle(fault.kind, rest)
             extra = len(mangled) - len(rest)
             writer.write(mangled[: 1 + extra])
@@ -389,7 +389,7 @@ class FaultProxy:
                 link.server.close()
         elif fault.kind in ENDS_CONNECTIONS:
             self._abort_all()
-        elif fault.kind in ("corrupt", "duplicate"):
+        elif fault.kind in MANGLING:
             self.arm(NetworkFault(fault.kind, 0, fault.direction, fault.times))
 
     def _begin(self, fault: NetworkFault) -> None:
@@ -401,8 +401,10 @@ class FaultProxy:
                 self._healthy.clear()
                 self._fill_queue()
             case "refuse":
+                assert self._socket is not None
                 self._refusing = True
-                if self._socket is not None:
+                self._loop.remove_reader(self._socket)
+                with contextlib.suppress(OSError):  # it refuses already
                     self._socket.shutdown(socket.SHUT_RDWR)
             case "slow":
                 self._slow = fault
@@ -417,11 +419,7 @@ class FaultProxy:
     def _fill_queue(self) -> None:
         """Have nothing answer a new connection: take none, and fill the queue ourselves."""
         assert self._socket is not None
-        self._accepting.clear()
-        if self._acceptor is not None:
-            # It waits inside sock_accept: a new one starts when the network is well.
-            self._acceptor.cancel()
-            self._acceptor = asyncio.ensure_future(self._accept())
+        self._loop.remove_reader(self._socket)
         self._socket.listen(0)
         for _ in range(FILLERS):
             filler = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

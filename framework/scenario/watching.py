@@ -8,6 +8,7 @@ printed. Everything is called back on the thread that saw it, so callbacks must 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -38,12 +39,11 @@ from framework.network import FaultProxy, NetworkFault
 from framework.scenario.device import Device, Update
 from framework.scenario.manifest import Extent
 from framework.targets.qemu import QmpEvent
+from framework.targets.uut import ConsoleSigns
 from framework.verdict.oracle import other
 
 TORN_SECTOR = 2
 """The sector of an environment copy in whose write the power goes."""
-ENDINGS = ("installed", "committed", "rolled_back", "error")
-"""The updater's signs that an update ended, which leaves its last state."""
 
 Callback = Callable[[], None]
 
@@ -220,7 +220,7 @@ def stream_place(around: Surroundings, trigger: StreamTrigger) -> tuple[int, Dir
 
 
 def _listen(device: Device, trigger: ConsoleSays | AtState, callback: Callback) -> Callback:
-    hears = _Ear(device, trigger).hears
+    hears = Ear(device.uut.signs, trigger).hears
     done: list[bool] = []
 
     def heard(line: Line) -> None:
@@ -231,26 +231,35 @@ def _listen(device: Device, trigger: ConsoleSays | AtState, callback: Callback) 
     return device.machine.pump.add_listener(heard)
 
 
-class _Ear:
-    """Recognises the line of a console trigger."""
+class Ear:
+    """Recognises the line of a console trigger; a state is left by the next one, or by an end.
 
-    def __init__(self, device: Device, trigger: ConsoleSays | AtState) -> None:
-        self._signs = device.uut.signs
+    Args:
+        signs: the updater's lines.
+        trigger: what is listened for.
+    """
+
+    def __init__(self, signs: ConsoleSigns, trigger: ConsoleSays | AtState) -> None:
+        self._signs = signs
         self._trigger = trigger
         self._inside = False
 
     def hears(self, text: str) -> bool:
+        """Take the next line; whether it is the one."""
         trigger = self._trigger
         if isinstance(trigger, ConsoleSays):
             return trigger.text in text
         entered = self._signs.state.search(text)
-        ends = entered is not None or any(
-            getattr(self._signs, ending).search(text) for ending in ENDINGS
-        )
-        left = self._inside and ends
-        if ends:
-            self._inside = entered is not None and entered["name"] == trigger.name
+        ends = entered is not None or any(sign.search(text) for sign in self._endings())
+        if not ends:
+            return False
+        left = self._inside
+        self._inside = entered is not None and entered["name"] == trigger.name
         return left if trigger.edge == "leave" else self._inside
+
+    def _endings(self) -> tuple[re.Pattern[str], ...]:
+        signs = self._signs
+        return signs.installed, signs.committed, signs.rolled_back, signs.error
 
 
 def _await_event(device: Device, trigger: MachineEvent, callback: Callback) -> Callback:
