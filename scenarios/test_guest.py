@@ -71,6 +71,6 @@ def test_an_update_without_much_memory(
 ) -> None:
     """Memory is nearly gone: slow, or killed; never half done."""
     faults.arm(memory_pressure(leave_mib))
-    device.install(update)
+    device.update(update)
     device.check_data()
     device.retry(update)

@@ -85,7 +85,6 @@ def test_a_disk_that_turns_read_only(device: Device, update: Update, faults: Fau
         slow_disk(0.05, "write", count=60).when(slot_write(percent=20)),
         slow_disk(8, "write", count=1).when(slot_write(percent=50)),
         slow_disk(2, "flush", count=4),
-        slow_disk(0.02, "read", count=200),
     ],
     ids=str,
 )
@@ -131,12 +130,11 @@ def test_a_data_partition_that_is_nearly_full(
 
 @allure.story("Decay")
 @pytest.mark.lg_feature("uboot")
-@pytest.mark.parametrize("percent", [0, 1])
 def test_a_copy_of_the_boot_environment_rots_before_the_restart(
-    device: Device, update: Update, faults: Faults, percent: float
+    device: Device, update: Update, faults: Faults
 ) -> None:
     """One bit of one copy of the boot environment decays: the other one counts."""
     device.install(update)
-    faults.arm(bit_rot("boot environment", percent=percent))
+    faults.arm(bit_rot("boot environment", percent=0))
     device.reboot()
     device.retry(update)

@@ -8,6 +8,7 @@ of its trigger.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import shlex
 import threading
@@ -68,6 +69,8 @@ from framework.targets.errors import InfrastructureError
 SHELL_TIMEOUT_S = 60.0
 BITS = 8
 CTRL_C = b"\x03"
+# A shell takes a command that died of SIGINT for its own interruption, and runs nothing after it.
+KEEP_THE_SHELL = "trap : INT"
 SECOND_HAND = "second hand:"
 """How the outcome of a second command begins, on the console."""
 
@@ -136,6 +139,7 @@ def action_of(around: Surroundings, fault: Fault) -> Action:
             return _link(around, fault)
         case Interrupt(times=times):
             pump = around.device.machine.pump
+            run_on(around, KEEP_THE_SHELL)
             return Action(lambda: _soon(lambda: pump.write(CTRL_C * times)))
         case ClockBattery(at=at):
             machine = around.device.machine
@@ -415,6 +419,12 @@ _FILL = (
     " except OSError: size-=4096\n"
     "os.fsync(file)\n"
 )
+_MUTE = (
+    "import signal,socket\n"
+    "silent=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\n"
+    "silent.bind(('127.0.0.1',53))\n"
+    "signal.pause()"
+)
 _HOG = (
     "import signal,sys\n"
     "open('/proc/self/oom_score_adj','w').write('-1000')\n"
@@ -430,18 +440,21 @@ def _script(around: Surroundings, fault: Fault) -> tuple[str, str]:
     uut = around.device.uut
     match fault:
         case NameGone(kind=kind):
-            server = "127.0.0.1" if kind == "refused" else "10.0.2.99"
+            # Without a resolv.conf names are asked for at 127.0.0.1 (resolv.conf(5)).
+            mute = f"{_python(_MUTE)} & echo $! > /tmp/mute; " if kind == "silent" else ""
             return (
-                "echo 127.0.0.1 localhost > /tmp/hosts; mount -o bind /tmp/hosts /etc/hosts; "
-                f"echo nameserver {server} > /tmp/resolv.conf; "
-                "[ -e /etc/resolv.conf ] && mount -o bind /tmp/resolv.conf /etc/resolv.conf; "
-                "! grep -q brownout /etc/hosts",
-                "umount /etc/hosts; umount /etc/resolv.conf; true",
+                f"{mute}echo 127.0.0.1 localhost > /tmp/hosts; "
+                "mount -o bind /tmp/hosts /etc/hosts; ! grep -q brownout /etc/hosts",
+                "umount /etc/hosts; kill $(cat /tmp/mute) 2>/dev/null; true",
             )
         case DataFull(leave_bytes=leave):
             return _python(_FILL, str(leave)), "rm -f /data/.fill; sync"
         case Clock(at=at):
-            return f"date -s @{int(at.timestamp())} >/dev/null", ""
+            right = int(datetime.datetime.now(datetime.UTC).timestamp())
+            return (
+                f"date -s @{int(at.timestamp())} >/dev/null",
+                f"date -s @{right} >/dev/null",
+            )
         case ProcessKilled(signal=name):
             return f"kill -{name} $({_UPDATER})", ""
         case KernelPanic():
@@ -513,6 +526,8 @@ def _shell(around: Surroundings, fault: Fault) -> Action:
                 raise InfrastructureError(f"the device could not be made to: {fault}")
 
         return Action(at_once, undo=undo)
+    if fault == ProcessKilled("INT", trigger=fault.trigger):
+        run_on(around, KEEP_THE_SHELL)
     shell = _Shell(around, script)
     shell.connect()
 
