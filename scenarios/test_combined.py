@@ -154,12 +154,11 @@ def test_a_cut_after_ctrl_c(device: Device, update: Update, faults: Faults) -> N
 @allure.story("Three in a row")
 def test_killed_then_disconnected_then_cut(device: Device, update: Update, faults: Faults) -> None:
     """The updater is killed; in the second try the connection is lost and the power goes."""
-    killed = process_killed().when(slot_write(percent=30))
-    lost = connection("fin").when(after(killed, downloaded(percent=20)))
-    faults.arm(killed)
+    faults.arm(process_killed().when(slot_write(percent=30)))
+    device.install(update)
+    lost = connection("fin").when(downloaded(percent=20))
     faults.arm(lost)
     faults.arm(power_cut("subset").when(after(lost, slot_write(percent=30))))
-    device.install(update)
     device.install(update)
     device.restore()
     device.retry(update)

@@ -37,7 +37,6 @@ def test_a_flipped_bit_is_found_before_the_switch(
     [
         storage_error("write", area="passive slot", count=1).when(slot_write(percent=50)),
         storage_error("write", area="passive slot"),
-        storage_error("flush", count=1).when(slot_write(percent=100)),
         storage_error("read", area="passive slot").when(slot_write(percent=100)),
         read_only("passive slot").when(slot_write(percent=30)),
     ],
@@ -64,6 +63,17 @@ def test_an_error_in_the_boot_environment_is_no_success(
     assert ended.exit_code == 1, f"exit code {ended.exit_code}"
     faults.clear()
     device.reboot()
+    device.retry(update)
+
+
+@allure.story("Errors")
+def test_an_error_of_a_flush_is_no_success(device: Device, update: Update, faults: Faults) -> None:
+    """A flush fails, whosever it was: what it should have made durable is not trusted."""
+    faults.arm(storage_error("flush", count=1).when(slot_write(percent=100)))
+    device.install(update)
+    faults.clear()
+    device.reboot()
+    device.check_data()
     device.retry(update)
 
 
