@@ -27,6 +27,7 @@ from typing import Any
 import allure
 import pytest
 
+from framework.campaign.collect import Collector
 from framework.faults import Fault, UnfiredError
 from framework.network import FaultProxy, ProxyEvent
 from framework.report import ResultStore
@@ -55,6 +56,7 @@ MARKERS = (
     "smoke: the few scenarios that say most",
 )
 SLOW_STEP_S = 1.0
+COLLECTOR = pytest.StashKey[Collector]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +68,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="leave one result file a scenario in DIR (for `brownout report html`)",
+    )
+    group.addoption(
+        "--brownout-bundles",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="leave a bundle of each scenario in DIR (for `brownout replay`)",
     )
     group.addoption(
         "--brownout-share",
@@ -228,6 +237,11 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
         made.note("network", event.text)
 
     proxy.on_event = heard
+    bundles = request.config.getoption("brownout_bundles")
+    if bundles is not None:
+        rig = Path(request.config.getoption("lg_env"))
+        run_seed = int(request.config.getoption("brownout_seed"))
+        request.node.stash[COLLECTOR] = Collector(bundles, rig, run_seed, made)
     with contextlib.closing(made):
         made.look("at the beginning")
         boot = made.boot()
@@ -328,6 +342,9 @@ def _leave(
     if store is not None:
         store.write(result)
         store.progress(item.nodeid, "verdict", result.verdict)
+    collector = item.stash.get(COLLECTOR, None)
+    if collector is not None:
+        collector.write(result, faults)
 
 
 def _title(item: pytest.Item) -> str:

@@ -130,6 +130,7 @@ class Device:
         step: opens a step of the report.
         before_retry: called before an update is tried again: the faults are over.
         before_power: called before power is given back after a cut.
+        after_cut: called after a power cut, before power is given back.
         restart_expected: whether a fault makes the device restart, so that its doing so in the
             middle of a step is no failure of the rig.
     """
@@ -143,6 +144,7 @@ class Device:
     step: Callable[[str], AbstractContextManager[Any]] = nullcontext
     before_retry: Callable[[], None] = lambda: None
     before_power: Callable[[], None] = lambda: None
+    after_cut: Callable[[CutRecord], None] = lambda cut: None
     restart_expected: Callable[[], bool] = lambda: False
     events: list[Event] = Factory(list)
     moments: list[Moment] = Factory(list)
@@ -284,6 +286,7 @@ class Device:
                 evidence=self.machine.pump.tail(400),
             )
         self._event(PowerCut(cut.operation, cut.model, cut.seed))
+        self.after_cut(cut)
         self.note("power", f"{cut}")
         self.look("after the cut")
         self.check_data()
@@ -334,6 +337,10 @@ class Device:
     def console_text(self) -> str:
         """The console since the scenario began."""
         return self.machine.pump.slice(self._begun_at).text
+
+    def console_lines(self) -> tuple[Line, ...]:
+        """The console's lines since the scenario began, with their times."""
+        return self.machine.pump.slice(self._begun_at).lines
 
     def note(self, source: str, text: str) -> None:
         """Add a moment to the timeline; safe from any thread."""
