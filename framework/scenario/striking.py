@@ -181,7 +181,8 @@ def _power(around: Surroundings, fault: PowerCut) -> Action:
 
     made = Action(lambda: machine.trip(said, model, seed), on_disk, cuts=True)
     if isinstance(fault, BrownOut):
-        made.power_back = _Again(around, fault, model).power_back
+        again = _Again(around, fault, model)
+        made.power_back, made.undo = again.power_back, again.undo
     return made
 
 
@@ -193,6 +194,7 @@ class _Again:
     fault: BrownOut
     model: CacheModel
     done: int = 1
+    forget: Callback = _nothing
 
     def power_back(self) -> None:
         """Arm the next one, at the next stage of the start: first line, kernel, first line..."""
@@ -213,7 +215,13 @@ class _Again:
                 struck.append(True)
                 machine.trip(cause, self.model, seed)
 
-        machine.pump.add_listener(heard)
+        self.undo()
+        self.forget = machine.pump.add_listener(heard)
+
+    def undo(self) -> None:
+        """Listen no more: the console outlives the scenario."""
+        self.forget()
+        self.forget = _nothing
 
 
 # -- the disk ------------------------------------------------------------------------------------

@@ -460,6 +460,15 @@ def test_a_brown_out_cuts_each_of_the_next_starts(bench: Bench, faults: Faults) 
     assert [cause.split(" of ")[0] for cause in bench.trips[1:]] == ["cut 2", "cut 3", "cut 4"]
 
 
+def test_a_brown_out_that_was_ended_cuts_nothing_more(bench: Bench, faults: Faults) -> None:
+    faults.arm(brown_out(4).when(console("INIT slot=b")))
+    bench.says("INIT slot=b")
+    faults.power_back()
+    faults.clear()
+    bench.says("U-Boot 2023.01")
+    assert len(bench.trips) == 1
+
+
 # -- what never struck ---------------------------------------------------------------------------
 
 
