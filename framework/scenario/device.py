@@ -55,6 +55,9 @@ CANARY_COMMAND = (
 INSTALL_TIMEOUT_S = 300.0
 COMMAND_TIMEOUT_S = 60.0
 INSTALLED_EXIT_CODES = (0, 4)
+# A shell takes a command that died of SIGINT for its own interruption, and then tells nothing of
+# it; with a trap it waits, and its exit code is the command's.
+INTERRUPTIBLE = "trap : INT; {}; exit $?"
 
 
 class Machine(Protocol):
@@ -351,7 +354,8 @@ class Device:
     def _install(self, update: Update, timeout_s: float) -> InstallEnded:
         self._step_began = self.machine.pump.position
         try:
-            result = self.strategy.run(self.uut.install(update.url), timeout_s)
+            command = INTERRUPTIBLE.format(self.uut.install(update.url))
+            result = self.strategy.run(command, timeout_s)
         except (ConsoleLost, ConsoleDeath) as error:
             if self.machine.power_loss is None and self.restart_expected():
                 self.note("boot", f"the system died: {error}".splitlines()[0])

@@ -69,8 +69,6 @@ from framework.targets.errors import InfrastructureError
 SHELL_TIMEOUT_S = 60.0
 BITS = 8
 CTRL_C = b"\x03"
-# A shell takes a command that died of SIGINT for its own interruption, and runs nothing after it.
-KEEP_THE_SHELL = "trap : INT"
 SECOND_HAND = "second hand:"
 """How the outcome of a second command begins, on the console."""
 
@@ -139,7 +137,6 @@ def action_of(around: Surroundings, fault: Fault) -> Action:
             return _link(around, fault)
         case Interrupt(times=times):
             pump = around.device.machine.pump
-            run_on(around, KEEP_THE_SHELL)
             return Action(lambda: _soon(lambda: pump.write(CTRL_C * times)))
         case ClockBattery(at=at):
             machine = around.device.machine
@@ -415,7 +412,8 @@ def _python(code: str, *arguments: str) -> str:
     return f"python3.11 -S -c {shlex.quote(f'exec({code!r})')} {' '.join(arguments)}".strip()
 
 
-_UPDATER = "ps w | awk '/[u]pdater (install|daemon)/ {print $1}'"
+# The interpreter, and not the shell that waits for it.
+_UPDATER = "ps w | awk '/[p]ython.*updater.* (install|daemon)/ {print $1}'"
 _SPIN = "import os;os.sched_setscheduler(0,os.SCHED_FIFO,os.sched_param(99))\nwhile True: pass"
 _FILL = (
     "import os,sys\n"
@@ -534,8 +532,6 @@ def _shell(around: Surroundings, fault: Fault) -> Action:
                 raise InfrastructureError(f"the device could not be made to: {fault}")
 
         return Action(at_once, undo=undo)
-    if fault == ProcessKilled("INT", trigger=fault.trigger):
-        run_on(around, KEEP_THE_SHELL)
     shell = _Shell(around, script)
     shell.connect()
 
