@@ -370,7 +370,10 @@ def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
     console = Console()
     where = rig or Path("rigs") / read_bundle(bundle).rig
     done = run_replay(
-        bundle, where, lambda text: console.print(text, markup=False), disks_only=disks_only
+        bundle,
+        where,
+        lambda text: console.print(text, markup=False, soft_wrap=True),
+        disks_only=disks_only,
     )
     for difference in done.disks:
         console.print(f"not the same: {difference}", markup=False)

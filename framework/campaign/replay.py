@@ -143,6 +143,10 @@ def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Repl
     say(f"{bundle.scenario} on {bundle.rig}, seed {bundle.run_seed}: {bundle.verdict}")
     for fault in bundle.faults:
         say(f"fault: {fault}")
+    if disks_only and not bundle.cuts:
+        raise BundleError(
+            f"bundle {path}: the run had no power cut, so there is no disk to rebuild"
+        )
     disks = check_disks(path, bundle)
     say(f"{len(bundle.cuts)} cuts rebuilt, {'all the same' if not disks else 'NOT the same'}")
     if disks_only:

@@ -235,6 +235,9 @@ def test_the_command_says_reproduced_or_what_is_wrong(
     write_bundle(tmp_path / "wrong.bundle", wrong, "", journal)
     assert run_command(tmp_path / "wrong.bundle") == 1
     assert "not the same: vda after cut 0" in capsys.readouterr().out
+    write_bundle(tmp_path / "uncut.bundle", evolve(bundle, cuts=()))
+    assert run_command(tmp_path / "uncut.bundle") == 2
+    assert "no power cut" in capsys.readouterr().err
     (tmp_path / "bad.bundle").write_bytes(b"PK not really")
     assert run_command(tmp_path / "bad.bundle") == 2
     errors = capsys.readouterr().err.strip().splitlines()
