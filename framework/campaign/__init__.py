@@ -1,1 +1,21 @@
-"""Many runs at once: simulated lifetimes, seeded searches, shrinking."""
+"""Many runs: bundles and their replay, simulated lifetimes, seeded searches, shrinking."""
+
+from framework.campaign.bundle import (
+    Bundle,
+    BundleError,
+    CutFacts,
+    read_bundle,
+    write_bundle,
+)
+from framework.campaign.steps import Divergence, compare, steps_of
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CutFacts",
+    "Divergence",
+    "compare",
+    "read_bundle",
+    "steps_of",
+    "write_bundle",
+]

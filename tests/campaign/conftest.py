@@ -1,8 +1,9 @@
-"""The tests of this folder share helpers by their plain names."""
+"""The tests of this folder share helpers by their plain names, and the disk's NBD client."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "disk")]

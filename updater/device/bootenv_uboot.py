@@ -10,6 +10,7 @@ environment; `write` then gives them an empty one, as nothing is left to lose.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from updater.device import process
@@ -50,6 +51,28 @@ class UBootEnvironment:
         result = self._run(command, script)
         if result.status != 0:
             raise BootEnvError(f"boot environment ({self._config}): fw_setenv {result.failure()}")
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        """Have the next read come from the medium.
+
+        libubootenv 0.3.2 takes no notice of an fsync that fails: a copy that the disk refused
+        stays in the page cache, and reading it back would find it written.
+        """
+        try:
+            with open(self._config, encoding="utf-8") as file:  # noqa: PTH123 - boot path
+                lines = [line.split() for line in file]
+            for device in {words[0] for words in lines if words and words[0].startswith("/")}:
+                handle = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(handle)
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(handle)
+        except OSError as error:
+            raise BootEnvError(
+                f"boot environment ({self._config}): it cannot be read back: {error.strerror}"
+            ) from error
 
     def _run(self, command: list[str], stdin: bytes = b"") -> process.Completed:
         try:
