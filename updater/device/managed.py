@@ -283,6 +283,7 @@ class Daemon:
             pause = self.cycle()
             if once:
                 return
+            say(f"asking again in {pause:.0f} s")
             self._clock().wait(pause)
 
     def _clock(self) -> Clock:
