@@ -20,6 +20,7 @@ from updater.artifact.signature import PrivateKey
 from updater.device import bootenv
 from updater.device.bootenv_grub import format_block
 from updater.device.config import Slot, load_config
+from updater.usage import TEXT, rendered
 
 PROGRAM = Path(__file__).with_name("updater_device.py")
 V1 = image_bytes(1_500_000, 1)
@@ -492,7 +493,8 @@ def test_the_boot_path_imports_neither_tls_nor_cryptography(grub_device: Device)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from updater import cli\n"
-        "cli.DEFAULT_PATH = sys.argv[2]\n"
+        "from updater.device import config\n"
+        "config.DEFAULT_PATH = sys.argv[2]\n"
         "code = cli.main(['resume'])\n"
         "heavy = {'ssl', 'http', 'cryptography', 'zstandard', 'dataclasses', 'inspect', 'lzma',"
         "'updater.artifact', 'urllib', 'argparse', 'subprocess', 'pathlib'} & set(sys.modules)\n"
@@ -506,6 +508,30 @@ def test_the_boot_path_imports_neither_tls_nor_cryptography(grub_device: Device)
         check=True,
     )
     assert done.stdout == "0 []\n"
+
+
+def test_the_ready_made_help_is_what_the_command_line_would_print(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert rendered() == TEXT, "run `python -m updater.usage`"
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_costs_no_imports(option: str) -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules)\n"
+        "from updater import cli\n"
+        "code = cli.main([sys.argv[2]])\n"
+        "print(code, sorted(name for name in set(sys.modules) - before if name != '__future__'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, str(PROGRAM.parents[2]), option],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{TEXT}0 ['updater', 'updater.cli', 'updater.usage']\n"
 
 
 def test_usage_errors_are_errors_not_nothing_in_progress(grub_device: Device) -> None:
