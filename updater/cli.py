@@ -5,7 +5,7 @@ Whatever happens, the last word is one line, not a traceback (`--verbose` shows 
 
 `updater resume` runs at every boot, so it is recognised before argparse is imported, and each
 verb imports what it needs and nothing more; `updater --help` needs nothing but its text
-(`usage.py`).
+(`device/usage.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(
     """
     given = sys.argv[1:] if arguments is None else arguments
     if given in (["--help"], ["-h"]):
-        from updater.usage import TEXT  # noqa: PLC0415
+        from updater.device.usage import TEXT  # noqa: PLC0415
 
         sys.stdout.write(TEXT)
         return EXIT_OK

@@ -1,6 +1,6 @@
 """What `updater --help` prints, ready-made: argparse costs a device ten times as much as the text.
 
-Written by `python -m updater.usage`; a test compares it with what argparse would print.
+Written by `python -m updater.device.usage`; a test compares it with what argparse would print.
 """
 
 TEXT = """\
