@@ -119,13 +119,14 @@ def run_in_guest(strategy: Any, port: int, rounds: int, mender: bool) -> list[di
         f"open('/tmp/guest_side.py','wb').write(u.urlopen('{url}/guest_side.mender',context=c).read())"
     )
     strategy.check(f'python3 -c "{fetch}"', 120.0)
-    command = f"python3 /tmp/guest_side.py {url} {rounds} {'mender' if mender else ''}"
+    command = f"python3 /tmp/guest_side.py {url} {rounds} {'mender' if mender else ''}".rstrip()
     try:
         result = strategy.run(command, ROUND_TIMEOUT_S * (rounds + 1))
     except ConsoleTimeout as error:
         raise SystemExit(f"the guest did not end in time: {error}") from error
     told = [json.loads(line[6:]) for line in result.lines if line.startswith("BENCH ")]
     if result.code != 0 or not told or told[-1]["kind"] != "end":
+        report(told)
         raise SystemExit(f"the guest's part ended with {result.code}: {result.text[-1500:]}")
     return told[:-1]
 
@@ -147,14 +148,14 @@ def report(told: list[dict[str, Any]]) -> None:
             f"idle daemon: {entry['wake_ups']} wake-ups in {entry['seconds']:.0f} s,"
             f" {entry['resident_kib'] / 1024:.1f} MiB resident"
         )
-    for packing in ("none", "gzip"):
+    for packing in [name for name in ("none", "gzip") if rows[name]["updater"]]:
         ours = rows[packing]["updater"]
         for name, entries in rows[packing].items():
             seconds = statistics.median(entry["seconds"] for entry in entries)
             cpu = statistics.median(entry["cpu_s"] for entry in entries)
             peak = max(entry["peak_kib"] for entry in entries) / 1024
             speed = statistics.median(
-                other["seconds"] / own["seconds"] for other, own in zip(entries, ours, strict=True)
+                other["seconds"] / own["seconds"] for other, own in zip(entries, ours, strict=False)
             )
             shown = "" if "|" in name else f", at most {peak:.1f} MiB resident"
             told_ratio = "" if name == "updater" else f"; ours has {speed:.2f} of its speed"

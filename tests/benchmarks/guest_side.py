@@ -43,9 +43,14 @@ def fetch_tools() -> None:
 def set_up_mender() -> None:
     """A configuration, and the two tools of a boot environment, which lies in a file."""
     Path("/tmp/mender").mkdir(exist_ok=True)
-    # Its paths in /etc are fixed, and the root file system is read-only.
-    shell("cp -a /etc /tmp/etc && mount -o bind /tmp/etc /etc && mkdir -p /etc/mender")
+    # Its paths in /etc are fixed, and the root file system is read-only. For an install by hand it
+    # trusts the system's authorities.
+    shell(
+        "cp -a /etc /tmp/etc && mount -o bind /tmp/etc /etc && mkdir -p /etc/mender /etc/ssl/certs"
+        f" && cp {CA} /etc/ssl/certs/ca-certificates.crt"
+    )
     settings = {
+        "ServerURL": URL,
         "RootfsPartA": "/dev/vda2",
         "RootfsPartB": SLOT,
         "ServerCertificate": CA,
@@ -148,7 +153,12 @@ def idle() -> None:
     for line in daemon.stderr:
         if "asking again in" in line:
             break
-    before, started = switches(daemon.pid), time.monotonic()
+    # It has said what it will do: until it sleeps, its switches change.
+    before, now = -1, switches(daemon.pid)
+    while before != now:
+        time.sleep(1.0)
+        before, now = now, switches(daemon.pid)
+    started = time.monotonic()
     time.sleep(IDLE_S)
     tell(
         kind="idle",
