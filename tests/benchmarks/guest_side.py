@@ -126,14 +126,16 @@ def start_up(rounds: int) -> None:
 def installs(rounds: int, mender: bool) -> None:
     curl = f"{LOADER}/curl -sf --cacert {CA} {URL}"
     for _ in range(rounds):
-        for packing in ("none", "gzip"):
+        for packing in ("none", "gzip", "zstd"):
             url = f"{URL}/image-{packing}.mender"
+            fetch = ""
             if packing == "none":
                 fetch = f"{curl}/raw.mender | {WRITE} && {READ_BACK}"
-            else:
+            elif packing == "gzip":
                 unpack = "tar -xOf - data/0000.tar.gz | busybox gunzip -c | tar -xOf -"
                 fetch = f"{curl}/image-gzip.mender | {unpack} | {WRITE} && {READ_BACK}"
-            tell(kind=packing, name="curl | dd", **timed(fetch))
+            if fetch:
+                tell(kind=packing, name="curl | dd", **timed(fetch))
             tell(kind=packing, name="updater", **timed(f"exec updater install {url}"))
             shell("updater rollback 2>/dev/null")
             if mender and packing == "gzip":
