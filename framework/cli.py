@@ -13,6 +13,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from framework.campaign import BundleError, read_bundle
+from framework.campaign.replay import replay as run_replay
 from framework.demo import DemoError, run_demo
 from framework.disk import MODELS, DiskError
 from framework.explore.examine import Bounds
@@ -351,6 +353,34 @@ def import_log_command(log: Path, image: Path, facts: Path, device: str, output:
     click.echo(run_import(log, image, facts, device, output))
 
 
+@cli.command()
+@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="labgrid environment to run on, if not the one of the bundle's name in rigs/",
+)
+@click.option("--disks-only", is_flag=True, help="rebuild the disks from the journal; run nothing")
+def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
+    """Do a bundle's run again: `reproduced`, or `diverged at event K`.
+
+    Example: brownout replay build/bundles/test-power.bundle
+    """
+    console = Console()
+    where = rig or Path("rigs") / read_bundle(bundle).rig
+    done = run_replay(
+        bundle, where, lambda text: console.print(text, markup=False), disks_only=disks_only
+    )
+    for difference in done.disks:
+        console.print(f"not the same: {difference}", markup=False)
+    if done.divergence is not None:
+        console.print(str(done.divergence), markup=False)
+    if not done.reproduced:
+        raise SystemExit(EXIT_NOT_HELD)
+    console.print("reproduced")
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
@@ -381,6 +411,7 @@ def main() -> None:
         click.echo("brownout: interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except (
+        BundleError,
         DemoError,
         ResultError,
         DiskError,

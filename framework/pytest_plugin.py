@@ -28,17 +28,23 @@ from typing import Any
 import allure
 import pytest
 
-from framework.faults import FaultError
+from framework.campaign.collect import Collector
+from framework.faults import Fault, UnfiredError
 from framework.network import FaultProxy, ProxyEvent
 from framework.report import ResultStore
-from framework.scenario.arming import Faults
+from framework.scenario.arming import Faults, missing_features
 from framework.scenario.bench import Bench, BenchError, open_bench
 from framework.scenario.device import Device, Update
 from framework.scenario.record import attach, record
 from framework.targets.errors import InfrastructureError, RigError
-from framework.targets.rig import check_rig
+from framework.targets.rig import check_rig, rig_features
 from framework.verdict import Outcome, Verdict, ViolationError
 from images import ImageError, Progress, build_target, recipe_names
+
+
+class NoVerdictError(Exception):
+    """A scenario ended without anything to judge: it proved nothing, so it is wrong."""
+
 
 DEFAULT_BASE = "v1"
 DEFAULT_UPDATE = "v2"
@@ -52,6 +58,7 @@ MARKERS = (
     "managed: the device's daemon gets its updates from a management server",
 )
 SLOW_STEP_S = 1.0
+COLLECTOR = pytest.StashKey[Collector]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +70,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="leave one result file a scenario in DIR (for `brownout report html`)",
+    )
+    group.addoption(
+        "--brownout-bundles",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="leave a bundle of each scenario in DIR (for `brownout replay`)",
     )
     group.addoption(
         "--brownout-share",
@@ -103,7 +117,8 @@ def _tell_build(progress: Progress) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep this process's share of the scenarios, longest first (see `--brownout-share`)."""
+    """Skip what the rig can't do; keep this process's share of the scenarios, longest first."""
+    _skip_what_the_rig_lacks(config, items)
     share = config.getoption("brownout_share")
     if share is None:
         return
@@ -117,6 +132,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in mine])
     items[:] = mine
+
+
+def _skip_what_the_rig_lacks(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip scenarios whose parameters are faults that this rig can't do, naming the features."""
+    rig = config.getoption("lg_env", default=None)
+    if rig is None:
+        return
+    features: frozenset[str] | None = None
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if not any(isinstance(value, Fault) for value in parameters):
+            continue
+        if features is None:
+            features = rig_features(Path(rig))
+        missing = sorted(missing_features(parameters, features))
+        if missing:
+            lacks = f"needs the feature {', '.join(missing)}, which {Path(rig).name} does not have"
+            item.add_marker(pytest.mark.skip(reason=lacks))
 
 
 def _cost(item: pytest.Item) -> int:
@@ -211,6 +244,11 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
         made.note("network", event.text)
 
     proxy.on_event = heard
+    bundles = request.config.getoption("brownout_bundles")
+    if bundles is not None:
+        rig = Path(request.config.getoption("lg_env"))
+        run_seed = int(request.config.getoption("brownout_seed"))
+        request.node.stash[COLLECTOR] = Collector(bundles, rig, run_seed, made)
     with contextlib.closing(made):
         made.look("at the beginning")
         boot = made.boot()
@@ -233,7 +271,8 @@ def faults(
 ) -> Iterator[Faults]:
     """The vocabulary of faults, armed on this device."""
     store = _store(request.config)
-    made = Faults(device, update, proxy, _seed(request))
+    rig = Path(request.config.getoption("lg_env"))
+    made = Faults(device, update, proxy, _seed(request), rig_features(rig), rig.name)
 
     def armed() -> None:
         if store is not None:
@@ -256,11 +295,17 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     planted = item.get_closest_marker("planted")
     failure: BaseException | None = None
     outcome = None
+    seen_before = len(device.events)
     try:
         outcome = yield
         if isinstance(faults, Faults) and planted is None and faults.unfired():
             sentence = "; ".join(map(str, faults.unfired()))
-            raise FaultError(f"the fault never happened: {sentence}")
+            raise UnfiredError(f"the fault never happened: {sentence}")
+        if len(device.events) == seen_before:
+            raise NoVerdictError(
+                "the scenario did nothing with the device that could be judged: "
+                "install(), reboot(), restore() or another step is missing"
+            )
     except BaseException as error:  # noqa: BLE001 - recorded, then raised again
         failure = error
     verdict = device.verdict()
@@ -304,6 +349,9 @@ def _leave(
     if store is not None:
         store.write(result)
         store.progress(item.nodeid, "verdict", result.verdict)
+    collector = item.stash.get(COLLECTOR, None)
+    if collector is not None:
+        collector.write(result, faults)
 
 
 def _title(item: pytest.Item) -> str:

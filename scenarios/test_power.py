@@ -5,7 +5,21 @@ import pytest
 
 from framework.disk import TornSector
 from framework.disk.models import Tear
-from framework.faults import after_switch, boot_env_write, console, slot_write
+from framework.faults import (
+    Trigger,
+    after,
+    after_switch,
+    boot_env_write,
+    brown_out,
+    console,
+    flush,
+    operation,
+    power_cut,
+    slot_write,
+    state,
+    stream_byte,
+    writes_to,
+)
 from framework.network import FaultProxy
 from framework.scenario.arming import Faults
 from framework.scenario.bench import Bench
@@ -163,6 +177,106 @@ def test_cut_twice_in_a_row(device: Device, update: Update, faults: Faults) -> N
     device.install(update)
     device.restore()
     faults.power_cut(model="torn").when(slot_write(percent=30))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Repeated cuts")
+def test_cut_in_every_boot_of_one_update(device: Device, update: Update, faults: Faults) -> None:
+    """The new system is cut in each of its starts, until the bootloader gives up on it."""
+    device.install(update)
+    first = power_cut().when(console("BROWNOUT INIT slot=b"))
+    second = power_cut().when(after(first, console("BROWNOUT INIT slot=")))
+    faults.arm(first)
+    faults.arm(second)
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Repeated cuts")
+def test_brown_out_on_the_new_system(device: Device, update: Update, faults: Faults) -> None:
+    """Several short cuts in a row while the new system is on trial."""
+    device.install(update)
+    faults.arm(brown_out(5, "subset").when(console("BROWNOUT INIT slot=b")))
+    device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Repeated cuts")
+def test_brown_out_in_the_image(device: Device, update: Update, faults: Faults) -> None:
+    """Several short cuts in a row, the first in the middle of the image."""
+    faults.arm(brown_out(3, "torn").when(slot_write(percent=40)))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut anywhere on the disk")
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        operation(7),
+        flush(2),
+        writes_to("data", nth=6),
+        writes_to("passive slot", 0, 4096),
+        stream_byte(2000, "up"),
+    ],
+    ids=str,
+)
+def test_cut_at_a_place_of_an_install(
+    device: Device, update: Update, faults: Faults, trigger: Trigger
+) -> None:
+    """Power cut at a certain operation, flush, place or byte of an installation."""
+    faults.arm(power_cut("subset").when(trigger))
+    if device.install(update).exit_code is not None:
+        device.reboot()
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut under a hard cache")
+@pytest.mark.parametrize("model", ["emmc", "discard"])
+def test_cut_in_the_image_under_another_cache_model(
+    device: Device, update: Update, faults: Faults, model: str
+) -> None:
+    """Power cut in the image, on a disk that forgets in another way."""
+    faults.power_cut(model=model).when(slot_write(percent=80))
+    device.install(update)
+    device.restore()
+    device.retry(update)
+
+
+@allure.story("Cut on the way back")
+@pytest.mark.update("unhealthy")
+def test_cut_inside_the_rollback(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut while the way back is written to the boot environment."""
+    device.install(update)
+    faults.arm(power_cut("torn").when(boot_env_write(1, after="ArtifactRollback")))
+    device.reboot()
+    boot = device.restore()
+    assert boot.version == device.base.name, f"{boot.version} runs"
+
+
+@allure.story("Cut on the way back")
+@pytest.mark.update("panics")
+def test_cut_while_the_bootloader_falls_back(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    """Power cut inside the bootloader's write by which it leaves a system that panics."""
+    device.install(update)
+    faults.arm(power_cut("torn").when(boot_env_write(2)))
+    device.reboot()
+    boot = device.restore()
+    assert boot.version == device.base.name, f"{boot.version} runs"
+
+
+@allure.story("Cut at a state")
+def test_cut_within_the_download(device: Device, update: Update, faults: Faults) -> None:
+    """Power cut in the state Download, at a share of the image."""
+    faults.arm(power_cut("subset").when(state("Download").at(percent=75)))
     device.install(update)
     device.restore()
     device.retry(update)

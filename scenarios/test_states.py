@@ -17,7 +17,6 @@ from framework.faults import (
     Trigger,
     boot_env_write,
     console,
-    disk_operation,
     on_record,
     slot_write,
     state,
@@ -44,12 +43,12 @@ class Work:
 
 
 def in_state(name: str) -> Trigger:
-    """Inside the first disk operation of the state."""
-    return disk_operation(1, after=name)
+    """At the first disk operation of the state."""
+    return state(name).at(operations=1)
 
 
 # In the middle of the transaction that ends an update.
-CLEANUP = Work("Cleanup", disk_operation(4, after="Cleanup"), state("Idle"))
+CLEANUP = Work("Cleanup", state("Cleanup").at(operations=4), state("Idle"))
 
 FORWARD = (
     Work("Download", slot_write(percent=50), on_record("ArtifactInstall")),
@@ -151,7 +150,7 @@ def test_cut_at_each_state_of_the_way_back(
         pytest.param(state("Sync"), id="before-Sync"),
         pytest.param(on_record("Download"), id="after-Sync"),
         # The second time there is something to tell, and that it was told goes on the record.
-        pytest.param(disk_operation(1, after="Sync", entry=2), id="during-Sync"),
+        pytest.param(state("Sync", nth=2).at(operations=1), id="during-Sync"),
         pytest.param(console("updater: asking again"), id="in-Idle"),
     ],
 )

@@ -25,3 +25,28 @@ def test_second_update_goes_back_to_the_first_slot(
     back = bench.update("v1", proxy.port)
     device.update(back)
     device.retry(back)
+
+
+@pytest.mark.base("v2")
+@pytest.mark.update("v1")
+def test_downgrade(device: Device, update: Update) -> None:
+    """An older system is installed over a newer one."""
+    device.update(update)
+    device.retry(update)
+
+
+@pytest.mark.update("v1")
+def test_update_to_what_runs_already(device: Device, update: Update) -> None:
+    """The system that runs is installed into the other slot."""
+    device.update(update)
+    device.retry(update)
+
+
+@pytest.mark.images("unhealthy")
+def test_an_update_after_one_that_was_rolled_back(
+    device: Device, update: Update, bench: Bench, proxy: FaultProxy
+) -> None:
+    """A sick update is left again; the next, healthy one is installed."""
+    device.update(bench.update("unhealthy", proxy.port))
+    device.update(update)
+    device.retry(update)

@@ -43,7 +43,7 @@ from framework.disk.models import (
 from framework.disk.reader import Frozen, JournalReader, Mark
 from framework.disk.recorder import DeviceSpec, NbdEndpoint, Recorder
 from framework.disk.state import CutRecord, Decision, Operations, PowerCycle
-from framework.disk.triggers import Armed, Arriving, Fault, Freeze, Inject, Trigger
+from framework.disk.triggers import Armed, Arriving, Fault, Freeze, Inject, Notify, Trigger
 from framework.disk.ubootenv import (
     EnvironmentCopy,
     UbootEnvironment,
@@ -86,6 +86,7 @@ __all__ = [
     "LyingFlush",
     "Mark",
     "NbdEndpoint",
+    "Notify",
     "Operations",
     "Partition",
     "PartitionTable",

@@ -110,6 +110,22 @@ class ExtReader:
         inode = self._lookup(path)
         return sorted(name for name, _ in self._entries(inode, path) if name not in (".", ".."))
 
+    def place_of(self, path: str, at: int) -> int:
+        """Where byte `at` of a file is stored, from the partition's start.
+
+        Raises LayoutError if it is missing, damaged, shorter, or has a hole there.
+        """
+        inode = self._lookup(path)
+        block, within = divmod(at, self._block_size)
+        stored = self._blocks(inode, block + 1, path).get(block)
+        if at >= self._size(inode) or not stored:
+            raise self._wrong(f"{path}: byte {at} is not stored")
+        return int(stored * self._block_size + within)
+
+    def file_size(self, path: str) -> int:
+        """How many bytes a file has; raises LayoutError if it is missing or damaged."""
+        return self._size(self._lookup(path))
+
     def _wrong(self, reason: str) -> LayoutError:
         return LayoutError(self._source.name, self._offset, reason)
 
@@ -156,23 +172,27 @@ class ExtReader:
             at += size
 
     def _content(self, inode: bytes, limit: int, path: str) -> bytes:
-        low, flags, high = (
-            struct.unpack_from("<I", inode, 4)[0],
-            struct.unpack_from("<I", inode, 32)[0],
-            struct.unpack_from("<I", inode, 108)[0],
-        )
-        size = low | high << 32
+        size = self._size(inode)
         if size > limit:
             raise self._wrong(f"{path}: {size} bytes are more than {limit}")
-        if flags & _INLINE_FLAG:
-            raise self._wrong(f"{path}: inline data is not read here")
         count = -(-size // self._block_size)
-        blocks = self._extents(inode[40:100], count) if flags & _EXTENTS_FLAG else None
-        if blocks is None:
-            blocks = self._indirect(inode[40:100], count)
+        blocks = self._blocks(inode, count, path)
         hole = bytes(self._block_size)
         pieces = [self._block(blocks[i]) if blocks.get(i) else hole for i in range(count)]
         return b"".join(pieces)[:size]
+
+    def _size(self, inode: bytes) -> int:
+        low, high = (struct.unpack_from("<I", inode, at)[0] for at in (4, 108))
+        return int(low | high << 32)
+
+    def _blocks(self, inode: bytes, count: int, path: str) -> dict[int, int]:
+        """Where the first `count` blocks of a file are stored; holes are missing."""
+        (flags,) = struct.unpack_from("<I", inode, 32)
+        if flags & _INLINE_FLAG:
+            raise self._wrong(f"{path}: inline data is not read here")
+        if flags & _EXTENTS_FLAG:
+            return self._extents(inode[40:100], count)
+        return self._indirect(inode[40:100], count)
 
     def _extents(self, root: bytes, count: int) -> dict[int, int]:
         found: dict[int, int] = {}

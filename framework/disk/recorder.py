@@ -55,6 +55,7 @@ from framework.disk.triggers import (
     Fault,
     Freeze,
     Inject,
+    Notify,
     Trigger,
     sector_of,
 )
@@ -589,6 +590,8 @@ class Recorder:
             self._armed.remove(armed)
             if isinstance(armed.action, Inject):
                 self._start_fault(armed, armed.action.fault, arriving)
+            elif isinstance(armed.action, Notify):
+                self._notify(armed, armed.action, arriving)
             else:
                 freezing = freezing or armed
         return freezing
@@ -648,6 +651,15 @@ class Recorder:
             self._faults.append(_ActiveFault(fault, fault.count, armed))
         journal.flush()
         armed.fired.set()
+
+    def _notify(self, armed: Armed, action: Notify, arriving: Arriving) -> None:
+        armed.operation = arriving.operation
+        armed.at = arriving
+        armed.fired.set()
+        try:
+            action.tell()
+        except Exception as error:  # noqa: BLE001 - it is the caller's code: kept for check()
+            self._fail(f"a notified caller failed: {type(error).__name__}: {error}")
 
     def _rot(self, device: int, offset: int, bit: int) -> None:
         journal = self._require()

@@ -143,6 +143,30 @@ class Trigger:
         return cls(text, lambda: _Matches(1, match), _named(device))
 
     @classmethod
+    def touches(cls, ranges: tuple[tuple[str, int, int], ...], number: int, text: str) -> Trigger:
+        """The `number`th change that touches any of the ranges (device, offset, length)."""
+        _positive("write", number)
+
+        def match(op: Arriving) -> bool:
+            return op.kind in _CHANGES and any(
+                op.device == device and _overlap(op.offset, op.length, offset, length) > 0
+                for device, offset, length in ranges
+            )
+
+        named = frozenset(device for device, _, _ in ranges)
+        return cls(text, lambda: _Matches(number, match), named)
+
+    @classmethod
+    def later(cls, first: Trigger, operations: int) -> Trigger:
+        """The `operations`th operation after the one on which `first` fires."""
+        _positive("operation", operations)
+        return dataclasses.replace(
+            first,
+            text=f"{operations} operations after {first.text}",
+            new_counter=lambda: _Later(first.new_counter(), operations),
+        )
+
+    @classmethod
     def any_of(cls, *triggers: Trigger) -> Trigger:
         """Whichever of these comes first."""
         if not triggers:
@@ -181,6 +205,20 @@ class _Bytes(Counter):
         before = self.due
         self.due -= inside
         return before > 0 >= self.due
+
+
+@dataclasses.dataclass
+class _Later(Counter):
+    first: Counter
+    due: int
+    counting: bool = False
+
+    def feed(self, arriving: Arriving) -> bool:
+        if self.counting:
+            self.due -= 1
+            return self.due == 0
+        self.counting = self.first.feed(arriving)
+        return False
 
 
 @dataclasses.dataclass
@@ -297,7 +335,14 @@ class Inject:
     fault: Fault
 
 
-Action = Freeze | Inject
+@dataclasses.dataclass(frozen=True, slots=True)
+class Notify:
+    """Tell someone, and carry the operation out. On the serving thread: it must not block."""
+
+    tell: Callable[[], None]
+
+
+Action = Freeze | Inject | Notify
 
 
 class Armed:

@@ -1,76 +1,141 @@
-"""Arms the vocabulary's faults on a device: from a sentence to a trigger that is exact.
+"""Arms the vocabulary's faults on a device: from a sentence to something that strikes exactly.
 
-Disk triggers go to the recorder, which fires before the operation is carried out. Console triggers
-stop the machine when the line arrives, some operations later. Network faults go to the proxy.
+`watching` knows what a trigger is on this device, `striking` what a fault does to it; here the two
+are brought together, so that every fault can have every trigger. Where the same recorder or proxy
+sees both, the fault strikes with that very operation or byte; else it strikes when the trigger is
+heard. Chains (`after`) are armed when their first fault has struck.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from attrs import define, field
 
-from framework.console import Line
-from framework.disk import SECTOR, Arriving, CacheModel, Inject, Kind, TornSector, model_from
-from framework.disk import Armed as ArmedOnDisk
-from framework.disk import Fault as DiskFault
-from framework.disk import Trigger as DiskTrigger
-from framework.disk.triggers import Counter
+from framework.disk import CacheModel
 from framework.faults import (
-    AfterSwitch,
-    AtState,
+    After,
     BitFlip,
     BootEnvWrite,
-    ConsoleSays,
-    DiskOperation,
+    CacheModelName,
     Fault,
     FaultError,
     NetworkDrop,
+    Now,
     OnRecord,
     PowerCut,
-    SlotWrite,
+    Trigger,
 )
-from framework.faults.vocabulary import CacheModelName, Trigger
-from framework.network import FaultProxy, NetworkFault
+from framework.faults.triggers import DiskTrigger, StreamTrigger
+from framework.network import FaultProxy
 from framework.scenario.device import Device, Update
-from framework.scenario.manifest import Extent
-from framework.verdict.oracle import other
+from framework.scenario.striking import Action, action_of
+from framework.scenario.watching import (
+    Callback,
+    Surroundings,
+    check_features,
+    disk_trigger,
+    later_on_disk,
+    stream_place,
+    watch,
+)
 
-TORN_SECTOR = 2
-"""The sector of an environment copy in whose write the power goes."""
 
-
-@define
+@define(eq=False)
 class ArmedFault:
     """A fault that waits or has struck.
 
     Attributes:
         fault: what it is; its `str()` is the sentence of the report.
-        fired: whether it struck.
     """
 
     fault: Fault
-    fired: Callable[[], bool]
-    disarm: Callable[[], None] = field(repr=False)
+    action: Action = field(repr=False)
+    _struck: threading.Event = field(factory=threading.Event, repr=False)
+    _exact: list[Callable[[], bool]] = field(factory=list, repr=False)
+    _disarms: list[Callback] = field(factory=list, repr=False)
+    _listeners: list[Callback] = field(factory=list, repr=False)
+
+    def fired(self) -> bool:
+        """Whether it struck."""
+        return self._struck.is_set() or any(exact() for exact in self._exact)
+
+    def disarm(self) -> None:
+        """Take it back; what it did is over."""
+        for disarm in self._disarms:
+            disarm()
+        self._disarms.clear()
+        self.action.undo()
+
+    def strike(self) -> None:
+        """Let it happen now."""
+        self.action.strike()
+        self.struck()
+
+    def struck(self) -> None:
+        """It has happened: tell those that wait for it."""
+        self._struck.set()
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
+
+    def when_struck(self, listener: Callback) -> None:
+        """Call `listener` when it strikes, on the thread that sees it; at once if it has."""
+        if self.fired():
+            listener()
+        else:
+            self._listeners.append(listener)
+
+    def remember(self, disarm: Callback, exact: Callable[[], bool] | None = None) -> None:
+        """How to take it back, and whether it struck where nobody tells us."""
+        self._disarms.append(disarm)
+        if exact is not None:
+            self._exact.append(exact)
 
 
 @define
 class Faults:
     """The faults of one scenario, by a fixture of that name.
 
-    `faults.power_cut(model="torn").when(slot_write(percent=50))` arms at once.
+    `faults.arm(power_cut("torn").when(slot_write(percent=50)))` arms at once; without a trigger a
+    fault strikes at once.
     """
 
     device: Device
     update: Update
     proxy: FaultProxy
     seed: int
+    features: frozenset[str] = frozenset()
+    rig: str = ""
     armed: list[ArmedFault] = field(factory=list)
     on_armed: Callable[[], None] = lambda: None
+    _later: list[Callback] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.device.before_power = self.power_back
+        self.device.restart_expected = self._restart_expected
+
+    def arm(self, fault: Fault) -> ArmedFault:
+        """Arm a fault, or let it strike at once if it has no trigger.
+
+        Raises:
+            FaultError: the rig lacks a feature for it, or it makes no sense on this device.
+        """
+        check_features(fault, self.features, self.rig)
+        around = Surroundings(self.device, self.update, self.proxy, self.seed, self.features)
+        first = self._first_of(fault.trigger)
+        armed = ArmedFault(fault, action_of(around, fault))
+        self.armed.append(armed)
+        self.on_armed()
+        if first is None:
+            self._set(around, armed, fault.trigger or Now())
+        else:
+            assert isinstance(fault.trigger, After)
+            then = fault.trigger.then or Now()
+            self._chain(first, lambda: self._set(around, armed, then))
+        return armed
 
     def power_cut(self, model: CacheModelName | CacheModel = "kept") -> Pending:
         """The power goes; the disk keeps what the cache model `model` (or its name) says."""
@@ -78,7 +143,7 @@ class Faults:
 
     def network(
         self,
-        kind: Literal["fin", "reset", "stall", "refuse", "corrupt"],
+        kind: Literal["fin", "reset", "stall", "refuse", "black-hole", "corrupt", "duplicate"],
         lasts_s: float | None = None,
         times: int = 1,
     ) -> Pending:
@@ -91,9 +156,21 @@ class Faults:
 
     def clear(self) -> None:
         """All faults gone: the disk, the network and the console are well again."""
+        self._later.clear()
         for armed in self.armed:
             armed.disarm()
         self.proxy.restore()
+
+    def power_back(self) -> None:
+        """Power is about to be given back after a cut."""
+        later, self._later = self._later, []
+        for armed in self.armed:
+            if armed.fired():
+                if armed.action.cuts:
+                    armed.struck()
+                armed.action.power_back()
+        for action in later:
+            action()
 
     def unfired(self) -> list[Fault]:
         """Faults that were armed and never struck."""
@@ -102,6 +179,51 @@ class Faults:
     def sentence(self) -> str:
         """All faults as one sentence."""
         return "; ".join(str(armed.fault) for armed in self.armed)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _restart_expected(self) -> bool:
+        return any(armed.action.restarts and armed.fired() for armed in self.armed)
+
+    def _first_of(self, trigger: Trigger | None) -> ArmedFault | None:
+        """The armed fault that a chain waits for."""
+        if not isinstance(trigger, After):
+            return None
+        for armed in reversed(self.armed):
+            if armed.fault == trigger.first:
+                return armed
+        raise FaultError(f"{trigger}: that fault is not armed")
+
+    def _chain(self, first: ArmedFault, begin: Callback) -> None:
+        if first.action.cuts:
+            # What is armed while the power goes is lost with it.
+            def wait() -> None:
+                if first.fired():
+                    begin()
+                else:
+                    self._later.append(wait)
+
+            self._later.append(wait)
+        else:
+            first.when_struck(begin)
+
+    def _set(self, around: Surroundings, armed: ArmedFault, trigger: Trigger) -> None:
+        parts = later_on_disk(trigger)
+        if parts is not None:
+            state, inner = parts
+            armed.remember(watch(around, state, lambda: self._set(around, armed, inner)))
+            return
+        action = armed.action
+        if isinstance(trigger, DiskTrigger) and action.on_disk is not None:
+            where = disk_trigger(around, trigger)
+            inside = isinstance(trigger, BootEnvWrite | OnRecord)
+            fired, disarm = action.on_disk(where, inside, armed.struck)
+            armed.remember(disarm, fired)
+        elif isinstance(trigger, StreamTrigger) and action.on_stream is not None:
+            at_byte, direction = stream_place(around, trigger)
+            armed.remember(action.on_stream(at_byte, direction, armed.struck))
+        else:
+            armed.remember(watch(around, trigger, armed.strike))
 
 
 @define
@@ -117,223 +239,10 @@ class Pending:
         Raises:
             FaultError: this fault can't have such a trigger.
         """
-        fault = self.fault.when(trigger)
-        if isinstance(fault, NetworkDrop):
-            armed = _arm_network(self.faults, fault)
-        elif isinstance(fault, BitFlip):
-            armed = _arm_bit_flip(self.faults, fault)
-        else:
-            armed = _arm_power_cut(self.faults, fault)
-        self.faults.armed.append(armed)
-        self.faults.on_armed()
-        return armed
+        return self.faults.arm(self.fault.when(trigger))
 
 
-def _arm_network(faults: Faults, fault: NetworkDrop) -> ArmedFault:
-    assert fault.trigger is not None
-    size = faults.update.path.stat().st_size
-    at_byte = math.floor(size * fault.trigger.percent / 100)
-    fired = faults.proxy.arm(
-        NetworkFault(fault.kind, at_byte, times=fault.times, lasts_s=fault.lasts_s)
-    )
-    return ArmedFault(fault, fired.is_set, lambda: None)
-
-
-def _arm_bit_flip(faults: Faults, fault: BitFlip) -> ArmedFault:
-    assert fault.trigger is not None
-    extent = _passive_slot(faults.device)
-    place = math.floor((faults.update.image.size_bytes - 1) * fault.trigger.percent / 100)
-    armed = faults.device.machine.recorder.arm(
-        DiskTrigger.block_range(extent.device, extent.offset + place, 1),
-        Inject(DiskFault.bit_flip(extent.device, extent.offset + place, bit=faults.seed % 8)),
-    )
-    return ArmedFault(fault, armed.fired.is_set, armed.disarm)
-
-
-def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
-    trigger = fault.trigger
-    device = faults.device
-    model = fault.model if isinstance(fault.model, CacheModel) else model_from(fault.model)
-    if isinstance(trigger, SlotWrite):
-        extent = _passive_slot(device)
-        count = max(1, math.ceil(faults.update.image.size_bytes * trigger.percent / 100))
-        where = DiskTrigger.bytes_written(count, extent.device, extent.offset, extent.length)
-    elif isinstance(trigger, AfterSwitch):
-        where = _later(_environment_write(device, 1), trigger.operations)
-    elif isinstance(trigger, BootEnvWrite):
-        return _inside_environment_write(faults, fault, trigger, model)
-    elif isinstance(trigger, OnRecord):
-        record = device.uut.record(trigger.name)
-        where = DiskTrigger.content(f"the record of {trigger.name}", record)
-        armed = device.machine.arm_cut(where, model, faults.seed, inside=True)
-        return ArmedFault(fault, armed.fired.is_set, armed.disarm)
-    elif isinstance(trigger, DiskOperation):
-        return _inside_once_entered(
-            faults, fault, trigger.after, _any_operation(trigger.nth), model
-        )
-    else:
-        assert isinstance(trigger, AtState | ConsoleSays)
-        said = str(fault)
-        return _on_console(
-            faults, fault, trigger, lambda: device.machine.trip(said, model, faults.seed)
-        )
-    armed = device.machine.arm_cut(where, model, faults.seed)
-    return ArmedFault(fault, armed.fired.is_set, armed.disarm)
-
-
-def _inside_environment_write(
-    faults: Faults, fault: PowerCut, trigger: BootEnvWrite, model: CacheModel
-) -> ArmedFault:
-    """The write in flight is the newest, and the one that is torn."""
-    if model == TornSector():
-        model = TornSector(newest=True)
-    machine = faults.device.machine
-    where = _environment_write(faults.device, trigger.nth)
-    if trigger.after is None:
-        armed = machine.arm_cut(where, model, faults.seed, inside=True)
-        return ArmedFault(fault, armed.fired.is_set, armed.disarm)
-    return _inside_once_entered(faults, fault, AtState(trigger.after), where, model)
-
-
-def _inside_once_entered(
-    faults: Faults, fault: PowerCut, state: AtState, where: DiskTrigger, model: CacheModel
-) -> ArmedFault:
-    """Arm a cut inside the operation that meets `where`, counted from the entry of `state`."""
-    on_disk: list[ArmedOnDisk] = []
-    machine = faults.device.machine
-    waiting = _on_console(
-        faults,
-        fault,
-        state,
-        lambda: on_disk.append(machine.arm_cut(where, model, faults.seed, inside=True)),
-    )
-
-    def disarm() -> None:
-        waiting.disarm()
-        for armed in on_disk:
-            armed.disarm()
-
-    return ArmedFault(fault, lambda: any(a.fired.is_set() for a in on_disk), disarm)
-
-
-def _any_operation(nth: int) -> DiskTrigger:
-    """The nth operation from now, whatever it is."""
-    return DiskTrigger(f"operation {nth} from here", lambda: _Countdown(nth))
-
-
-@dataclasses.dataclass
-class _Countdown(Counter):
-    """Fires on the nth operation."""
-
-    nth: int
-
-    def feed(self, arriving: Arriving) -> bool:
-        """Take the next operation."""
-        self.nth -= 1
-        return self.nth == 0
-
-
-@dataclasses.dataclass
-class _Touches(Counter):
-    """Fires on the nth operation that touches one of the ranges (device, offset, length)."""
-
-    ranges: tuple[tuple[str, int, int], ...]
-    nth: int
-
-    def feed(self, arriving: Arriving) -> bool:
-        """Take the next operation."""
-        if any(
-            arriving.device == device
-            and arriving.kind is not Kind.FLUSH
-            and arriving.offset < offset + length
-            and offset < arriving.offset + arriving.length
-            for device, offset, length in self.ranges
-        ):
-            self.nth -= 1
-            return self.nth == 0
-        return False
-
-
-def _environment_write(device: Device, nth: int) -> DiskTrigger:
-    """The nth write of the boot environment, whichever copy.
-
-    In a raw copy the place is one sector near its start: an SD card gets a copy sector by sector,
-    and each save counts once. Copies in files can lie anywhere on their partition.
-    """
-    manifest = device.manifest
-    raw = not manifest.environment_paths
-    ranges = tuple(
-        (copy.device, copy.offset + TORN_SECTOR * SECTOR, SECTOR)
-        if raw
-        else (copy.device, copy.offset, copy.length)
-        for copy in manifest.environment
-    )
-    return DiskTrigger(
-        f"boot-environment write {nth}",
-        lambda: _Touches(ranges, nth),
-        frozenset(name for name, _, _ in ranges),
-    )
-
-
-@dataclasses.dataclass
-class _Later(Counter):
-    """Fires some operations after the one on which `first` fires."""
-
-    first: Counter
-    operations: int
-    counting: bool = False
-
-    def feed(self, arriving: Arriving) -> bool:
-        """Take the next operation."""
-        if self.counting:
-            self.operations -= 1
-            return self.operations == 0
-        self.counting = self.first.feed(arriving)
-        return False
-
-
-def _later(trigger: DiskTrigger, operations: int) -> DiskTrigger:
-    """The `operations`-th operation after the one that meets `trigger`."""
-    return dataclasses.replace(
-        trigger,
-        text=f"{operations} operations after {trigger.text}",
-        new_counter=lambda: _Later(trigger.new_counter(), operations),
-    )
-
-
-def _on_console(
-    faults: Faults,
-    fault: PowerCut,
-    trigger: AtState | ConsoleSays,
-    action: Callable[[], object],
-) -> ArmedFault:
-    """Act when the line comes. On the pump's thread, so the action must not block."""
-    device = faults.device
-    fired = threading.Event()
-
-    left = trigger.nth if isinstance(trigger, AtState) else 1
-
-    def heard(line: Line) -> None:
-        nonlocal left
-        if line.direction == "RX" and not fired.is_set() and _says(device, line.text, trigger):
-            left -= 1
-            if left == 0:
-                fired.set()
-                action()
-
-    return ArmedFault(fault, fired.is_set, device.machine.pump.add_listener(heard))
-
-
-def _says(device: Device, text: str, trigger: AtState | ConsoleSays) -> bool:
-    if isinstance(trigger, ConsoleSays):
-        return trigger.text in text
-    match = device.uut.signs.state.search(text)
-    return match is not None and match["name"] == trigger.name
-
-
-def _passive_slot(device: Device) -> Extent:
-    """The extent of the slot that the next update goes to."""
-    active = device.last_look.environment.boot_slot
-    if active is None:
-        raise FaultError("the boot environment names no slot, so there is no passive one")
-    return device.manifest.slots[other(active)]
+def missing_features(faults: Iterable[object], features: frozenset[str]) -> frozenset[str]:
+    """What a rig lacks for the faults among some values (the parameters of a scenario)."""
+    needed = frozenset[str]().union(*(f.features() for f in faults if isinstance(f, Fault)))
+    return needed - features

@@ -99,7 +99,8 @@ class Bench:
                 self.images.rootfs(variant), facts.name, self.images.target, self.key, path
             )
         url = f"https://{SERVER_NAME}:{port}/artifacts/{path.name}"
-        return Update(facts.name, facts, path, url)
+        keys = self.key.parent
+        return Update(facts.name, facts, path, url, (keys / "ca.pem", keys / "ca.key"))
 
     def close(self) -> None:
         """Switch the machine off and stop the server."""

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 
 from attrs import Factory, define, evolve, frozen
 
-from framework.console import ConsoleLost, ConsolePump, ConsoleTimeout, Line
+from framework.console import ConsoleDeath, ConsoleLost, ConsolePump, ConsoleTimeout, Line
 from framework.disk import Armed, CacheModel, CutRecord, Recorder, Trigger
 from framework.report import Moment
 from framework.scenario.inspect import check_data, look
 from framework.scenario.manifest import TargetManifest
 from framework.targets.errors import InfrastructureError
+from framework.targets.qemu import PowerLoss, QmpEvent
 from framework.targets.strategy import BootOutcome, CommandResult, Fate, SlotStrategy
 from framework.targets.uut import UpdaterUnderTest
 from framework.verdict import (
@@ -54,12 +55,16 @@ CANARY_COMMAND = (
 INSTALL_TIMEOUT_S = 300.0
 COMMAND_TIMEOUT_S = 60.0
 INSTALLED_EXIT_CODES = (0, 4)
+# A shell takes a command that died of SIGINT for its own interruption, and then tells nothing of
+# it; with a trap it waits, and its exit code is the command's.
+INTERRUPTIBLE = "trap : INT; {}; exit $?"
 
 
 class Machine(Protocol):
     """What a `Device` asks of the machine's driver."""
 
     last_cut: CutRecord | None
+    power_loss: PowerLoss | None
 
     @property
     def recorder(self) -> Recorder:
@@ -82,6 +87,18 @@ class Machine(Protocol):
     def trip(self, cause: str, model: CacheModel, seed: int) -> None:
         """Cut the power now, from any thread, without blocking."""
 
+    def get(self) -> bool:
+        """Whether it has power."""
+
+    def set_link(self, up: bool) -> None:
+        """Plug the network cable in or out."""
+
+    def set_clock(self, base: str) -> None:
+        """What the hardware clock says at each power-on; empty: the right time."""
+
+    def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> Callable[[], None]:
+        """Call `listener` for every event of the machine's monitor; returns its removal."""
+
 
 @frozen
 class Update:
@@ -92,12 +109,14 @@ class Update:
         image: the facts of the image in it.
         path: the artifact on the host.
         url: where the device finds it.
+        authority: certificate and key of the authority that devices trust a server by.
     """
 
     name: str
     image: ImageFacts
     path: Path
     url: str
+    authority: tuple[Path, Path]
 
 
 @define
@@ -113,6 +132,10 @@ class Device:
         say: called with each step, for the live display.
         step: opens a step of the report.
         before_retry: called before an update is tried again: the faults are over.
+        before_power: called before power is given back after a cut.
+        after_cut: called after a power cut, before power is given back.
+        restart_expected: whether a fault makes the device restart, so that its doing so in the
+            middle of a step is no failure of the rig.
     """
 
     machine: Machine
@@ -123,6 +146,9 @@ class Device:
     say: Callable[[str], None] = lambda text: None
     step: Callable[[str], AbstractContextManager[Any]] = nullcontext
     before_retry: Callable[[], None] = lambda: None
+    before_power: Callable[[], None] = lambda: None
+    after_cut: Callable[[CutRecord], None] = lambda cut: None
+    restart_expected: Callable[[], bool] = lambda: False
     events: list[Event] = Factory(list)
     moments: list[Moment] = Factory(list)
     did: list[str] = Factory(list)
@@ -132,6 +158,7 @@ class Device:
     canary_sha256: str | None = None
     _harvested: int = 0
     _begun_at: int = 0
+    _step_began: int = 0
     _forget: Callable[[], None] = lambda: None
 
     def __attrs_post_init__(self) -> None:
@@ -178,9 +205,24 @@ class Device:
 
     def boot_after_cut(self) -> BootSeen:
         """Give power back after a cut and wait until the device is ready."""
-        with self._step("power restored", "boot"):
-            boot = self._seen(self.strategy.boot(adopt=False))
-        return self.boot_after_cut() if boot is None else boot
+        boot: BootSeen | None = None
+        while boot is None:
+            self.before_power()
+            with self._step("power restored", "boot"):
+                boot = self._seen(self.strategy.boot(adopt=False))
+        return boot
+
+    def await_restart(self) -> BootSeen:
+        """Wait until a device that died in the last step has restarted by itself and is ready."""
+        with self._step("restarting by itself", "boot"):
+            boot = self._seen(self.strategy.await_boot(self._step_began, adopt=False))
+        if boot is None:
+            return self.boot_after_cut()
+        if boot.ready:
+            self.read_status()
+        self.check_data()
+        self.look("after the restart")
+        return boot
 
     def restore(self) -> BootSeen:
         """Give power back after a cut, wait until the device is ready, and look at everything."""
@@ -211,6 +253,13 @@ class Device:
             self.did.append(f"`{command}` ended with {result.code}")
             return result
 
+    def heard(self, text: str) -> str:
+        """The last line of the console since the scenario began that has this text, or nothing."""
+        for line in reversed(self.machine.pump.slice(self._begun_at).lines):
+            if line.direction == "RX" and text in line.text:
+                return line.text
+        return ""
+
     def update(self, update: Update) -> InstallEnded:
         """Install, restart, and let the device commit or roll back by itself."""
         ended = self.install(update)
@@ -234,12 +283,13 @@ class Device:
     def power_went(self) -> None:
         """Witness a power cut: which operation, and what it left on the disk."""
         cut = self.machine.last_cut
-        if cut is None:
+        if cut is None or self.machine.power_loss is None:
             raise InfrastructureError(
                 "the console is gone and nobody cut the power",
                 evidence=self.machine.pump.tail(400),
             )
         self._event(PowerCut(cut.operation, cut.model, cut.seed))
+        self.after_cut(cut)
         self.note("power", f"{cut}")
         self.look("after the cut")
         self.check_data()
@@ -291,6 +341,10 @@ class Device:
         """The console since the scenario began."""
         return self.machine.pump.slice(self._begun_at).text
 
+    def console_lines(self) -> tuple[Line, ...]:
+        """The console's lines since the scenario began, with their times."""
+        return self.machine.pump.slice(self._begun_at).lines
+
     def note(self, source: str, text: str) -> None:
         """Add a moment to the timeline; safe from any thread."""
         self.moments.append(Moment(self.elapsed_s, source, text))
@@ -298,10 +352,17 @@ class Device:
     # -- inside ------------------------------------------------------------------------------
 
     def _install(self, update: Update, timeout_s: float) -> InstallEnded:
+        self._step_began = self.machine.pump.position
         try:
-            result = self.strategy.run(self.uut.install(update.url), timeout_s)
-        except ConsoleLost:
-            self.power_went()
+            command = INTERRUPTIBLE.format(self.uut.install(update.url))
+            result = self.strategy.run(command, timeout_s)
+        except (ConsoleLost, ConsoleDeath) as error:
+            if self.machine.power_loss is None and self.restart_expected():
+                self.note("boot", f"the system died: {error}".splitlines()[0])
+            elif isinstance(error, ConsoleDeath):
+                raise
+            else:
+                self.power_went()
             self.did.append(f"install of {update.name} cut short")
             return InstallEnded(update.name, None)
         except ConsoleTimeout:

@@ -202,6 +202,8 @@ class Machine:
     watchdog: str = ""
     watchdog_address: int | None = None
     extra_args: tuple[str, ...] = ()
+    clock: str = ""
+    """What the hardware clock says at power-on (UTC, ISO 8601); empty: the right time."""
 
 
 def _disk_arguments(disk: Disk, socket: Path, export: str) -> list[str]:
@@ -277,6 +279,8 @@ def command_line(
     for disk in machine.disks:
         arguments += _disk_arguments(disk, *exports[disk.name])
     arguments += _network_arguments(machine.network)
+    if machine.clock:
+        arguments += ["-rtc", f"base={machine.clock}"]
     if machine.watchdog:
         arguments += ["-device", machine.watchdog + _at(machine.watchdog_address)]
         arguments += ["-action", "watchdog=reset"]

@@ -211,6 +211,7 @@ class RecordedQEMUDriver(
         self._program = ""
         self._accel: accel.Accelerator | None = None
         self._link_up = True
+        self._clock = ""
         self._other_pflash: Path | None = None
         self._trip: PowerLoss | None = None
         self._trip_plan: _Plan | None = None
@@ -311,6 +312,7 @@ class RecordedQEMUDriver(
             watchdog=self.watchdog,
             watchdog_address=self.watchdog_address,
             extra_args=tuple(self.extra_args),
+            clock=self._clock,
         )
 
     def preflight(self) -> None:
@@ -613,6 +615,8 @@ class RecordedQEMUDriver(
             self._cut_pending = False
             self._forget_failure()
             self._other_pflash = pflash
+            self._link_up = True
+            self._clock = ""
             self._open_recorder(bases)
             return self.recorder
 
@@ -622,6 +626,10 @@ class RecordedQEMUDriver(
         if self.get():
             self.monitor_command("set_link", {"name": "nic0", "up": up})
             self._mark("network", f"link {'up' if up else 'down'}")
+
+    def set_clock(self, base: str) -> None:
+        """What the hardware clock says at each start from now on (UTC, ISO 8601; empty: now)."""
+        self._clock = base
 
     # -- how a machine starts and ends (under the lock) ---------------------------------------
 

@@ -108,6 +108,12 @@ def load_rig(path: Path | str) -> labgrid.Environment:
     return environment
 
 
+def rig_features(path: Path | str) -> frozenset[str]:
+    """The labgrid features that a rig says it has. Raises `RigError`."""
+    environment = load_rig(path)
+    return frozenset(environment.get_features() | environment.get_target_features())
+
+
 def check_rig(path: Path | str, role: str = "main") -> None:
     """Check a rig as far as that goes without starting anything: keys, programs, images, ports.
 

@@ -97,6 +97,9 @@ class UpdaterUnderTest(Protocol):
     def rollback(self) -> str:
         """The shell command that rolls back."""
 
+    def resume(self) -> str:
+        """The shell command that every boot runs, to go on after a cut."""
+
     def status(self) -> str:
         """The shell command whose output `parse_status` reads."""
 
@@ -171,6 +174,10 @@ class BrownoutUpdater:
     def rollback(self) -> str:
         """`updater rollback`."""
         return "updater rollback"
+
+    def resume(self) -> str:
+        """`updater resume`."""
+        return "updater resume"
 
     def status(self) -> str:
         """`updater status`."""

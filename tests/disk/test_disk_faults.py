@@ -7,14 +7,18 @@ import shutil
 import time
 
 import pytest
-from disk_nbd_client import FLUSH, WRITE, NbdError
+from disk_nbd_client import FLUSH, WRITE, Client, NbdError
 from test_disk_serving import qemu_io
 
 from framework.disk import (
+    DeviceSpec,
     Fault,
     Flag,
     Inject,
     JournalReader,
+    Notify,
+    Recorder,
+    RecorderError,
     Trigger,
     VolatileCache,
     WriteThrough,
@@ -194,3 +198,50 @@ def test_qemu_reports_the_injected_errors(recorder):
     assert "write failed: No space left on device" in out
     assert "wrote 4096/4096 bytes at offset 4096" in out
     assert "read failed: Input/output error" in out
+
+
+def test_whoever_is_notified_hears_of_exactly_the_operation_which_is_carried_out(recorder, connect):
+    client = connect()
+    told = []
+    where = Trigger.touches((("vda", KIB4, 512), ("vdb", 0, 512)), 2, "the second one")
+    armed = recorder.arm(where, Notify(lambda: told.append(recorder.operations)))
+    client.write(0, b"a" * KIB4)  # beside it
+    client.write(KIB4, b"b" * KIB4)
+    assert told == []
+    connect("vdb").write(0, b"c" * 512)
+    assert told == [2], "operations recorded before the one that fired"
+    assert (armed.operation, armed.at.device) == (3, "vdb")
+    client.write(KIB4, b"d" * KIB4)
+    assert told == [2], "once"
+    assert client.read(KIB4, 512) == b"d" * 512
+
+
+def test_a_later_trigger_counts_from_the_one_that_it_follows(recorder, connect):
+    client = connect()
+    told = []
+    first = Trigger.block_range("vda", KIB4, 512)
+    recorder.arm(Trigger.later(first, 3), Notify(lambda: told.append(recorder.operations + 1)))
+    for offset in (0, 0, KIB4, 0, KIB4, 0, 0):
+        client.write(offset, b"x" * 512)
+    assert told == [6]
+
+
+def test_a_disarmed_notification_tells_nobody(recorder, connect):
+    told = []
+    armed = recorder.arm(Trigger.operation(1), Notify(lambda: told.append(1)))
+    armed.disarm()
+    connect().write(0, b"a" * 512)
+    assert told == []
+
+
+def test_a_notified_caller_that_fails_is_told_by_the_recorder(tmp_path, base):
+    def fail() -> None:
+        raise ValueError("no use")
+
+    recorder = Recorder([DeviceSpec("vda", base)], tmp_path / "failing").start()
+    recorder.arm(Trigger.operation(1), Notify(fail))
+    client = Client(recorder.endpoint("vda").socket, "vda")
+    client.write(0, b"a" * 512)
+    client.close()
+    with pytest.raises(RecorderError, match="ValueError: no use"):
+        recorder.close()

@@ -31,6 +31,7 @@ from framework.disk import (
     read_grub_environments,
     region_sha256,
 )
+from framework.disk.files import ExtReader
 from framework.disk.lazy import UNREADABLE, new_map
 
 MIB = 1 << 20
@@ -340,6 +341,25 @@ def test_files_of_ext_file_systems(tree, tmp_path, kind):
                 files.read_file(bad)
         with pytest.raises(LayoutError, match="more than"):
             files.read_file("/small", limit=10)
+
+
+@needs("mke2fs")
+@pytest.mark.parametrize("kind", EXT)
+def test_the_place_of_a_files_byte_is_where_it_is_stored(tree, tmp_path, kind):
+    image = make_ext(tree, tmp_path / "fs.img", EXT[kind], offset=MIB)
+    name = "dir/deep/big file with a long name.bin"
+    content = (tree / name).read_bytes()
+    with disk_of(image) as disk:
+        files = open_file_system(disk, MIB, 24 * MIB)
+        assert isinstance(files, ExtReader)
+        size = files.file_size(f"/{name}")
+        assert size == len(content)
+        for at in (0, 1, size // 3, size - 1):
+            place = MIB + files.place_of(f"/{name}", at)
+            assert disk.read(place, 1)[0] == content[at]
+        for bad, where in ((f"/{name}", size), ("/none", 0)):
+            with pytest.raises(LayoutError):
+                files.place_of(bad, where)
 
 
 @needs("mkfs.fat", "mcopy")

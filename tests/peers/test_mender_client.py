@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from framework.network.proxy import FaultProxy, NetworkFault
+from framework.network import FaultProxy, NetworkFault
 from updater.artifact import ArtifactReader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "updater_server"))

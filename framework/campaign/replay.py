@@ -1,0 +1,155 @@
+"""Does a bundle's run again, and says whether it came out the same.
+
+Two things are looked at. *The disks*: from the journal and the base images, every disk is rebuilt
+at every cut and compared bit for bit with what the run had; no guest takes part, so this must agree
+always. *The run*: the same scenario with the same seed on the same rig, compared step by step. A
+guest's timing is not ours, so a run may part from its bundle where the scenario leaves it room;
+then the first differing step is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from attrs import frozen
+
+from framework.campaign.bundle import (
+    SUFFIX,
+    Bundle,
+    BundleError,
+    read_bundle,
+    unpack_journal,
+)
+from framework.campaign.steps import Divergence, compare
+from framework.disk import BaseImageError, DiskError, JournalReader, LazyDisk, UnreadableSectorError
+
+REPLAY_TIMEOUT_S = 3600.0
+_CHUNK_BYTES = 4 << 20
+_UNREADABLE = b"unreadable sector"
+_SECTOR = 512
+
+Say = Callable[[str], None]
+
+
+@frozen
+class Replayed:
+    """How a replay came out.
+
+    Attributes:
+        disks: differences of rebuilt disks, in words; empty if all are the same.
+        divergence: where the run parted from the bundle's; None if it did not, or was not asked.
+        verdict: the new run's verdict; empty if it was not asked for.
+    """
+
+    disks: tuple[str, ...]
+    divergence: Divergence | None
+    verdict: str
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether everything came out the same."""
+        return not self.disks and self.divergence is None
+
+
+def disk_sha256(disk: LazyDisk) -> str:
+    """The hash of a whole disk; a sector that can't be read counts as such."""
+    digest = hashlib.sha256()
+    for at in range(0, disk.size_bytes, _CHUNK_BYTES):
+        for piece in _pieces(disk, at, min(_CHUNK_BYTES, disk.size_bytes - at)):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(disk: LazyDisk, offset: int, length: int) -> Iterator[bytes]:
+    try:
+        yield disk.read(offset, length)
+    except UnreadableSectorError:
+        for at in range(offset, offset + length, _SECTOR):
+            try:
+                yield disk.read(at, _SECTOR)
+            except UnreadableSectorError:
+                yield _UNREADABLE
+
+
+def check_disks(path: Path, bundle: Bundle) -> tuple[str, ...]:
+    """Rebuild every disk at every cut, and say which are not what the run had.
+
+    Raises:
+        BundleError: the journal is damaged, or a base image is missing or another.
+    """
+    if not bundle.cuts:
+        return ()
+    with tempfile.TemporaryDirectory(prefix="brownout-bundle-") as folder:
+        journal = unpack_journal(path, bundle, Path(folder) / "disk.journal")
+        bases = {name: Path(base) for name, (base, _) in bundle.bases.items()}
+        try:
+            reader = JournalReader(journal, bases, verify_bases=True)
+        except BaseImageError as error:
+            raise BundleError(f"bundle {path}: {error}; build the images it was made of") from error
+        except DiskError as error:
+            raise BundleError(f"bundle {path}: {error}") from error
+        return tuple(_different(reader, bundle))
+
+
+def _different(reader: JournalReader, bundle: Bundle) -> Iterator[str]:
+    for cut in bundle.cuts:
+        if cut.index >= len(reader.cuts):
+            yield f"cut {cut.index} is not in the journal, which has {len(reader.cuts)}"
+            continue
+        for name, expected in cut.disks.items():
+            with reader.after_cut(cut.index, name) as disk:
+                if disk_sha256(disk) != expected:
+                    yield f"{name} after cut {cut.index} (operation {cut.operation})"
+
+
+def run_again(bundle: Bundle, rig: Path, say: Say) -> Bundle:
+    """Run the scenario again with the same seed; the new run's bundle.
+
+    Raises:
+        BundleError: it could not be run.
+    """
+    with tempfile.TemporaryDirectory(prefix="brownout-replay-") as folder:
+        arguments = [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(bundle.scenario, "--lg-env", str(rig)),
+            *("--brownout-seed", str(bundle.run_seed), "--brownout-bundles", folder),
+        ]
+        say("running " + " ".join(arguments[1:]))
+        try:
+            ended = subprocess.run(
+                arguments, capture_output=True, text=True, timeout=REPLAY_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BundleError(f"the replay did not end within {REPLAY_TIMEOUT_S:g} s") from error
+        found = list(Path(folder).glob(f"*{SUFFIX}"))
+        if len(found) != 1:
+            last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["no output"]
+            raise BundleError(f"{bundle.scenario} could not be run again: {last[0]}")
+        return read_bundle(found[0])
+
+
+def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Replayed:
+    """Rebuild the disks, and run the scenario again unless `disks_only`.
+
+    Raises:
+        BundleError: the bundle or the rig can't be used.
+    """
+    bundle = read_bundle(path)
+    say(f"{bundle.scenario} on {bundle.rig}, seed {bundle.run_seed}: {bundle.verdict}")
+    for fault in bundle.faults:
+        say(f"fault: {fault}")
+    disks = check_disks(path, bundle)
+    say(f"{len(bundle.cuts)} cuts rebuilt, {'all the same' if not disks else 'NOT the same'}")
+    if disks_only:
+        return Replayed(disks, None, "")
+    again = run_again(bundle, rig, say)
+    return Replayed(disks, compare(_course(bundle), _course(again)), again.verdict)
+
+
+def _course(bundle: Bundle) -> tuple[str, ...]:
+    return (*bundle.steps, f"verdict {bundle.verdict}")

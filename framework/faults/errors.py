@@ -1,0 +1,11 @@
+"""What can be wrong with a fault, as opposed to what a fault does to the device."""
+
+from __future__ import annotations
+
+
+class FaultError(Exception):
+    """A fault that this rig can't do, or that makes no sense; nothing has run yet."""
+
+
+class UnfiredError(FaultError):
+    """A fault that was armed never struck: the scenario proved nothing, so it is wrong."""
