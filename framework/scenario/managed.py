@@ -106,8 +106,6 @@ class ManagedDevice(Device):
                     [SETTLED, RESTARTING], SETTLE_TIMEOUT_S, position, deaths=False
                 )
             except ConsoleLost:
-                if self.machine.last_cut is None:
-                    raise
                 self.power_went()
                 return None
             except ConsoleTimeout as error:
