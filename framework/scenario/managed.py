@@ -55,8 +55,13 @@ class ManagedDevice(Device):
         """Deploy, and let the device do everything else by itself."""
         ended = self.install(update)
         if self._came_up is not None and self._came_up.ready:
-            self.read_status()
-            self.look("after the update")
+            try:
+                self.read_status()
+            except ConsoleLost:
+                # The cut came with the very line that says that the daemon sleeps.
+                self.power_went()
+            else:
+                self.look("after the update")
         return ended
 
     def restore(self) -> BootSeen:
