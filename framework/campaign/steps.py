@@ -21,6 +21,7 @@ from framework.verdict import (
     InstallStarted,
     PowerCut,
     RetryEnded,
+    ServerTold,
     StatusRead,
 )
 
@@ -81,3 +82,5 @@ def _step(event: Event) -> str:
             return f"status: {artifact} {outcome}".strip()
         case RetryEnded(artifact=artifact, committed=committed):
             return f"{artifact} {'' if committed else 'not '}committed in the end"
+        case ServerTold(artifact=artifact, status=status):
+            return f"server told of {artifact}: {status}"

@@ -133,6 +133,17 @@ class Writes(DiskTrigger):
 
 
 @frozen
+class OnRecord(DiskTrigger):
+    """Inside the write that puts this state on the updater's record: the one before has ended."""
+
+    name: str = field(validator=validators.min_len(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        return f"inside the write that records {self.name}"
+
+
+@frozen
 class ConsoleSays(Trigger):
     """When a line of the console contains this text."""
 
@@ -154,12 +165,14 @@ class AtState(Trigger):
         edge: `enter` or `leave`.
         percent: while in it, when this share of the image has been written since it was entered.
         operations: while in it, this many disk operations after it was entered.
+        nth: of its entries, this one.
     """
 
     name: str = field(validator=validators.min_len(1))
     edge: Edge = field(default="enter", validator=validators.in_(("enter", "leave")))
     percent: float | None = field(default=None, validator=validators.optional(PERCENT))
     operations: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    nth: int = field(default=1, validator=validators.ge(1))
 
     def at(self, *, percent: float | None = None, operations: int | None = None) -> AtState:
         """While in this state: at a share of the image written, or after some disk operations."""
@@ -182,11 +195,12 @@ class AtState(Trigger):
 
     def __str__(self) -> str:
         """The trigger as part of a sentence."""
+        often = "" if self.nth == 1 else f" for the {self.nth}. time"
         if self.percent is not None:
-            return f"in {self.name}, when {self.percent:g} % of the image is written"
+            return f"in {self.name}, when {self.percent:g} % of the image is written{often}"
         if self.operations is not None:
-            return f"{self.operations} disk operations after the updater entered {self.name}"
-        return f"when the updater {self.edge}s {self.name}"
+            return f"{self.operations} disk operations after the updater entered {self.name}{often}"
+        return f"when the updater {self.edge}s {self.name}{often}"
 
 
 @frozen
@@ -284,9 +298,14 @@ def console(text: str) -> Trigger:
     return ConsoleSays(text)
 
 
-def state(name: str) -> AtState:
+def on_record(name: str) -> Trigger:
+    """Inside the write that puts the state `name` on the updater's record."""
+    return OnRecord(name)
+
+
+def state(name: str, nth: int = 1) -> AtState:
     """When the updater enters the state `name`; `.leave()` and `.at()` say more."""
-    return AtState(name)
+    return AtState(name, nth=nth)
 
 
 def downloaded(*, percent: float) -> Trigger:

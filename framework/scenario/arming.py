@@ -24,6 +24,7 @@ from framework.faults import (
     FaultError,
     NetworkDrop,
     Now,
+    OnRecord,
     PowerCut,
     Trigger,
 )
@@ -215,7 +216,7 @@ class Faults:
         action = armed.action
         if isinstance(trigger, DiskTrigger) and action.on_disk is not None:
             where = disk_trigger(around, trigger)
-            inside = isinstance(trigger, BootEnvWrite)
+            inside = isinstance(trigger, BootEnvWrite | OnRecord)
             fired, disarm = action.on_disk(where, inside, armed.struck)
             armed.remember(disarm, fired)
         elif isinstance(trigger, StreamTrigger) and action.on_stream is not None:

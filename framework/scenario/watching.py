@@ -28,6 +28,7 @@ from framework.faults import (
     MachineEvent,
     Now,
     NthFlush,
+    OnRecord,
     Operation,
     SlotWrite,
     StreamByte,
@@ -112,9 +113,9 @@ def later_on_disk(trigger: Trigger) -> tuple[AtState, Trigger] | None:
     if isinstance(trigger, BootEnvWrite) and trigger.after is not None:
         return AtState(trigger.after), BootEnvWrite(trigger.nth)
     if isinstance(trigger, AtState) and trigger.percent is not None:
-        return AtState(trigger.name), SlotWrite(trigger.percent)
+        return AtState(trigger.name, nth=trigger.nth), SlotWrite(trigger.percent)
     if isinstance(trigger, AtState) and trigger.operations is not None:
-        return AtState(trigger.name), Operation(trigger.operations)
+        return AtState(trigger.name, nth=trigger.nth), Operation(trigger.operations)
     return None
 
 
@@ -139,6 +140,9 @@ def disk_trigger(around: Surroundings, trigger: DiskTrigger) -> RecorderTrigger:
             return RecorderTrigger.later(_environment_write(device, 1), operations)
         case Operation(number=number):
             return RecorderTrigger.operation(number)
+        case OnRecord(name=name):
+            record = device.uut.record(name)
+            return RecorderTrigger.content(f"the record of {name}", record)
         case NthFlush(number=number):
             return RecorderTrigger.nth_flush(number)
         case Writes():
@@ -221,12 +225,13 @@ def stream_place(around: Surroundings, trigger: StreamTrigger) -> tuple[int, Dir
 
 def _listen(device: Device, trigger: ConsoleSays | AtState, callback: Callback) -> Callback:
     hears = Ear(device.uut.signs, trigger).hears
-    done: list[bool] = []
+    left = [trigger.nth if isinstance(trigger, AtState) else 1]
 
     def heard(line: Line) -> None:
-        if line.direction == "RX" and not done and hears(line.text):
-            done.append(True)
-            callback()
+        if line.direction == "RX" and left[0] and hears(line.text):
+            left[0] -= 1
+            if left[0] == 0:
+                callback()
 
     return device.machine.pump.add_listener(heard)
 

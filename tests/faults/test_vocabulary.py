@@ -34,6 +34,7 @@ from framework.faults import (
     memory_pressure,
     name_gone,
     now,
+    on_record,
     operation,
     power_cut,
     process_killed,
@@ -91,6 +92,10 @@ SENTENCES = [
     ),
     (power_cut().when(operation(9)), "power cut at disk operation 9 (cache: kept)"),
     (power_cut().when(flush(2)), "power cut at flush 2 (cache: kept)"),
+    (
+        power_cut().when(on_record("Cleanup")),
+        "power cut inside the write that records Cleanup (cache: kept)",
+    ),
     (
         power_cut().when(writes_to("data", 4096, 512, nth=2)),
         "power cut at write 2 to the data at byte 4096 (cache: kept)",
