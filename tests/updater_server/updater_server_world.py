@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +270,15 @@ def hashes_of(seed: int, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def world(folder: Path, database_url: str = "", **settings: Any) -> Iterator[World]:
+def world(
+    folder: Path,
+    database_url: str = "",
+    names: Sequence[str] = ("localhost", "127.0.0.1"),
+    **settings: Any,
+) -> Iterator[World]:
     """Make and serve a server in `folder`; background jobs run only when a test calls `tick`."""
     set_up_logging("warning")
-    made = initialise(folder, ["localhost", "127.0.0.1"], 0, "127.0.0.1", database_url=database_url)
+    made = initialise(folder, list(names), 0, "127.0.0.1", database_url=database_url)
     clock = Clock()
     core = open_core(load_settings(folder, port=0, **settings), clock)
     try:
