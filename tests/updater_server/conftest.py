@@ -12,7 +12,7 @@ from updater_server_world import Postgres, World, make_artifact, world
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     if Postgres.find() is None:
-        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+        pytest.skip("PostgreSQL is not there (.ci/bootstrap tests unpacks it)")
     server = Postgres()
     yield server
     server.close()

@@ -22,7 +22,9 @@ from updater.server.errors import ServerError
 from updater.server.settings import SETTINGS_NAME, Settings
 
 _DATABASE = "server.db"
-_OWN_FILES = (SETTINGS_NAME, "ca.pem", "ca.key", "server.pem", "server.key", "secret.key")
+_OWN_FILES = (
+    SETTINGS_NAME, "ca.pem", "ca.key", "server.pem", "server.key", "secret.key", "s3.key", "s3.pem",
+)  # fmt: skip
 
 
 def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> None:
@@ -36,7 +38,8 @@ def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> Non
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".backup.") as name:
             copy = Path(name) / _DATABASE
             _copy_database(source, copy)
-            wanted = _artifact_files(copy)
+            # A bucket is copied by its own tools.
+            wanted = [] if settings.bucket else _artifact_files(copy)
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
                 tar.add(copy, _DATABASE)
@@ -60,6 +63,8 @@ def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> Non
     finally:
         part.unlink(missing_ok=True)
     say(f"{output}: the database and {len(wanted)} artifacts")
+    if settings.bucket:
+        say(f"the artifacts stay in s3://{settings.bucket.name}/{settings.bucket.prefix}")
 
 
 def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
