@@ -83,10 +83,9 @@ async def part(name: str, fleet: Fleet, action: object, connections: int, pid: i
     await each(fleet, action, connections)
     figures, cpu = fleet.figures, cpu_seconds(pid) - before
     requests = sum(map(figures.count, figures.seconds))
-    print(
-        f"\n{name}: {len(fleet.devices)} devices, {requests} requests in {figures.elapsed_s:.0f} s, "
-        f"{requests / figures.elapsed_s:.0f} requests/s, {requests / cpu:.0f} requests/s/core"
-    )
+    took = figures.elapsed_s
+    print(f"\n{name}: {len(fleet.devices)} devices, {requests} requests in {took:.0f} s")
+    print(f"{requests / took:.0f} requests/s, {requests / cpu:.0f} requests/s/core")
     print("\n".join(figures.lines()), flush=True)
 
 

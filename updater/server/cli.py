@@ -69,7 +69,10 @@ def init(
     click.echo(f"SHA-256 fingerprint: {made.fingerprint}")
     click.echo(f"\nTo connect a device:\n\n{made.device_configuration}", nl=False)
     if _QEMU_HOST in names:
-        click.echo(f"\nA QEMU guest with user networking calls this host {_QEMU_HOST}.")
+        from updater.server.setup import qemu_device  # noqa: PLC0415
+
+        authority = (folder / "ca.pem").read_text()
+        click.echo(f"\n{qemu_device(authority, _QEMU_HOST, port)}", nl=False)
 
 
 @server.command()

@@ -45,6 +45,41 @@ ca_file = "/etc/updater/server-ca.pem"      # a copy of {ca}
 """
 
 
+_QEMU = """\
+A QEMU device of this project calls this host {host}. In another terminal:
+
+    make device
+
+and at its prompt, pasted as it is (it restarts, and calls here from then on):
+
+mkdir -p /data/etc
+cat > /data/etc/server-ca.pem <<'END'
+{ca}END
+{{ sed 's|^ca_file = .*|ca_file = "/data/etc/server-ca.pem"|' /etc/updater/updater.toml; cat <<'END'
+[server]
+url = "https://{host}:{port}"
+poll_s = 5
+retry_s = 5
+reboot_command = ["reboot", "-f"]
+END
+}} > /data/etc/updater.toml
+sync; reboot -f
+
+Then accept it on the web page. An update for it:
+
+    .venv/bin/python -m images build qemu-arm64 --variant v2
+    .venv/bin/updater artifact write rootfs-image -f build/qemu-arm64/rootfs-v2.img -n v2 \\
+        -t qemu-arm64 -k build/keys/artifact.key -o build/v2.mender
+
+uploaded and deployed on the web page.
+"""
+
+
+def qemu_device(ca: str, host: str, port: int) -> str:
+    """How to connect a QEMU device that knows this host as `host`; `ca` is the authority's PEM."""
+    return _QEMU.format(ca=ca, host=host, port=port)
+
+
 class Made(NamedTuple):
     """What `init` made, for printing."""
 
