@@ -314,3 +314,34 @@ def test_a_planted_store_that_completes_before_the_end_is_caught(
     with pytest.raises(RefusedError):
         ObjectStore(where).receive(lambda: next(pieces), 1 << 30)
     assert everything(where)[0], "the check of what is to be seen can't fail"
+
+
+def test_a_backup_says_that_the_artifacts_stay_in_the_bucket(
+    there: World, artifact_v2: Path, tmp_path: Path
+) -> None:
+    from updater.server.backup import back_up, restore
+
+    lines = settings_of_world(there)
+    with (there.folder / "server.toml").open("a") as file:
+        file.writelines(f'{name} = "{value}"\n' for name, value in lines.items())
+    assert there.upload(artifact_v2).status_code == 201
+    said: list[str] = []
+    back_up(load_settings(there.folder), tmp_path / "backup.tar", said.append)
+    assert said[-1].startswith(f"the artifacts stay in s3://artifacts/{tmp_path.name}/")
+    restore(tmp_path / "backup.tar", tmp_path / "restored", said.append)
+    assert not any("not in the backup" in line for line in said)
+    again = load_settings(tmp_path / "restored").bucket
+    assert again is not None
+    assert len(everything(again)[0]) == 1
+
+
+def settings_of_world(there: World) -> dict[str, str]:
+    where = of(there)
+    return {
+        "artifacts": f"s3://{where.name}/{where.prefix}",
+        "s3_endpoint": where.endpoint,
+        "s3_region": where.region,
+        "s3_access_key": where.access_key,
+        "s3_secret": "s3.key",
+        "s3_ca": str(where.ca),
+    }

@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -87,8 +88,12 @@ def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
             (verdict,) = connection.execute("PRAGMA integrity_check").fetchone()
         if verdict != "ok":
             raise ServerError(f"{backup}: its database is damaged: {verdict}")
+        settings = tomllib.loads((part / SETTINGS_NAME).read_text())
+        in_bucket = str(settings.get("artifacts", "")).startswith("s3:")
         missing = [
-            name for name in _artifact_files(database) if not (part / "artifacts" / name).is_file()
+            name
+            for name in ([] if in_bucket else _artifact_files(database))
+            if not (part / "artifacts" / name).is_file()
         ]
         for path in part.rglob("*"):
             if path.is_file():
@@ -97,7 +102,7 @@ def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
             folder.rmdir()
         part.rename(folder)
         _sync(folder.parent)
-    except (OSError, tarfile.TarError, sqlite3.Error) as error:
+    except (OSError, ValueError, tarfile.TarError, sqlite3.Error) as error:
         raise ServerError(f"{backup}: cannot be restored: {error}") from error
     for name in missing:
         say(f"{name} is not in the backup: it was deleted while that was made")

@@ -31,10 +31,17 @@ key = "server.key"
 # Only artifacts that one of these public keys signed are taken; none: signatures aren't looked at.
 artifact_keys = [{artifact_keys}]
 # For PostgreSQL: database_url = "postgresql://user@host/name"
+# For an S3-compatible store; the bucket must exist, and s3.key be readable by the server alone:
+# artifacts = "s3://bucket/prefix"
+# s3_endpoint = "https://s3.example.com"
+# s3_region = "us-east-1"
+# s3_access_key = "KEY"
+# s3_secret = "s3.key"
+# s3_ca = "s3.pem"    # if the system doesn't know its authority
 """
 
 _DEVICE = """\
-# Brownout's own client: add to /etc/updater/updater.toml
+# Brownout's own client: set this in /etc/updater/updater.toml
 [server]
 url = "{url}"
 [tls]
