@@ -8,17 +8,19 @@ stall for half a minute in U-Boot; what ended it is read from QEMU's own event (
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import shutil
+import socket
 import subprocess
-import tempfile
 from pathlib import Path
 
 from images.builder import TargetImages
 from images.errors import ImageError
 
-_EVENTS = '{"execute":"qmp_capabilities"}\n'
+# Paused at first (-S), so that no event comes before they are asked for.
+_EVENTS = '{"execute":"qmp_capabilities"}\n{"execute":"cont"}\n'
 
 
 def command_line(images: TargetImages, disk: Path, network: str = "user") -> list[str]:
@@ -59,26 +61,32 @@ def attend(images: TargetImages, disk: Path) -> None:
             part = disk.with_suffix(".part")
             shutil.copyfile(images.disk(), part)
             part.replace(disk)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            while _run_once([*command_line(images, disk), "-serial", "mon:stdio"], folder):
-                pass
+        while _run_once([*command_line(images, disk), "-serial", "mon:stdio"]):
+            pass
     except OSError as error:
         raise ImageError(f"{images.target} can't be started: {error}") from error
 
 
-def _run_once(command: list[str], folder: Path) -> bool:
+def _run_once(command: list[str]) -> bool:
     """Run QEMU; return whether a reset of the guest's ended it."""
-    asked, events = folder / "asked", folder / "events"
-    asked.write_text(_EVENTS)
-    events.unlink(missing_ok=True)
-    monitor = f"file,id=events,path={_comma(events)},input-path={_comma(asked)}"
-    ended = subprocess.run(
-        [*command, "-chardev", monitor, "-mon", "chardev=events,mode=control"], check=False
-    )
-    if ended.returncode:
-        raise ImageError(f"QEMU ended with exit code {ended.returncode}")
-    return was_reset(events.read_text(errors="replace"))
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            # It waits in the socket until QEMU reads it; QEMU's few events wait there for us.
+            ours.sendall(_EVENTS.encode())
+            monitor = f"socket,id=events,fd={theirs.fileno()}"
+            ended = subprocess.run(
+                [*command, "-chardev", monitor, "-mon", "chardev=events,mode=control", "-S"],
+                check=False,
+                pass_fds=(theirs.fileno(),),
+            )
+        if ended.returncode:
+            raise ImageError(f"QEMU ended with exit code {ended.returncode}")
+        said = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := ours.recv(65536):
+                said += piece
+    return was_reset(said.decode(errors="replace"))
 
 
 def was_reset(events: str) -> bool:
