@@ -77,6 +77,8 @@ bench: images
 	.venv/bin/python tests/benchmarks/recorder.py
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
 	.venv/bin/python tests/benchmarks/explore.py
+	.venv/bin/python tests/benchmarks/client.py --rounds 3
+	.venv/bin/python tests/benchmarks/client_guest.py
 
 # Coverage-guided fuzzing of the artifact reader. What it finds is kept in build/fuzz; SECONDS=3600.
 SECONDS ?= 600

@@ -10,6 +10,7 @@ Markers:
     images(variants...): further images that it uses.
     planted(violates=n): something is broken on purpose; the scenario must turn red with invariant
         n (or all of a tuple), and the test passes if it does.
+    managed: the device's daemon gets its updates from a management server.
     demo, smoke: subsets of the suite.
 """
 
@@ -48,6 +49,7 @@ MARKERS = (
     "planted(violates): broken on purpose; must turn red with this invariant",
     "demo(cost): part of `make demo`; the relative cost, to balance its processes",
     "smoke: the few scenarios that say most",
+    "managed: the device's daemon gets its updates from a management server",
 )
 SLOW_STEP_S = 1.0
 
@@ -198,7 +200,12 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
 
     if store is not None:
         store.progress(nodeid, "begin", _title(request.node))
-    made = bench.device(_variant(request, "base", DEFAULT_BASE), say=say, step=allure.step)
+    made = bench.device(
+        _variant(request, "base", DEFAULT_BASE),
+        say=say,
+        step=allure.step,
+        managed=request.node.get_closest_marker("managed") is not None,
+    )
 
     def heard(event: ProxyEvent) -> None:
         made.note("network", event.text)

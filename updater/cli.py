@@ -4,21 +4,13 @@ Exit codes: 0 done, 1 error, 2 nothing in progress, 4 reboot needed, 130 and 143
 Whatever happens, the last word is one line, not a traceback (`--verbose` shows that too).
 
 `updater resume` runs at every boot, so it is recognised before argparse is imported, and each
-verb imports what it needs and nothing more.
+verb imports what it needs and nothing more; `updater --help` needs nothing but its text
+(`device/usage.py`).
 """
 
 from __future__ import annotations
 
 import sys
-
-from updater.device.config import DEFAULT_PATH, Config, load_config
-from updater.device.console import say
-from updater.device.errors import (
-    BusyError,
-    InterruptedBySignal,
-    NothingInProgressError,
-    UpdaterError,
-)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from updater.device.client import Client
+    from updater.device.config import Config
     from updater.device.modules import ModuleRunner
     from updater.device.scripts import ScriptRunner
 
@@ -51,13 +44,26 @@ def main(
 
     `compose` puts the client's surroundings together; without it they are the device's own.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given in (["--help"], ["-h"]):
+        from updater.device.usage import TEXT  # noqa: PLC0415
+
+        sys.stdout.write(TEXT)
+        return EXIT_OK
+    from updater.device.console import say  # noqa: PLC0415
+    from updater.device.errors import (  # noqa: PLC0415
+        InterruptedBySignal,
+        NothingInProgressError,
+        UpdaterError,
+    )
     from updater.device.signals import install_handlers  # noqa: PLC0415
 
-    given = sys.argv[1:] if arguments is None else arguments
     install_handlers()
     verbose = "--verbose" in given or "-v" in given
     try:
         if given == ["resume"]:
+            from updater.device.config import DEFAULT_PATH  # noqa: PLC0415
+
             return _on_device("resume", DEFAULT_PATH, compose or open_client)
         if given[:1] == ["server"]:
             # Interrupts are uvicorn's and click's there.
@@ -105,6 +111,14 @@ def _on_device(
     compose: Callable[[Config], Client],
     options: argparse.Namespace | None = None,
 ) -> int:
+    from updater.device.config import load_config  # noqa: PLC0415
+    from updater.device.console import say  # noqa: PLC0415
+    from updater.device.errors import (  # noqa: PLC0415
+        BusyError,
+        NothingInProgressError,
+        UpdaterError,
+    )
+
     config = load_config(config_path)
     if verb == "daemon":
         assert options is not None
@@ -167,6 +181,7 @@ def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) 
 
 
 def _set_up(options: argparse.Namespace) -> int:
+    from updater.device.console import say  # noqa: PLC0415
     from updater.device.setup import Wish, set_up  # noqa: PLC0415
 
     wish = Wish(
@@ -278,8 +293,21 @@ def _show(verb: str, client: Client) -> int:
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
+    parser, artifact = command_line()
+    if "artifact" in given:
+        from updater.artifact import cli as artifact_cli  # noqa: PLC0415
+
+        artifact_cli.add_arguments(artifact)
+    return parser.parse_args(given)
+
+
+def command_line() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Return the command line's parser, and that of `updater artifact`, still empty."""
     import argparse  # noqa: PLC0415
     from typing import NoReturn  # noqa: PLC0415
+
+    from updater.device.config import DEFAULT_PATH  # noqa: PLC0415
+    from updater.device.errors import UpdaterError  # noqa: PLC0415
 
     class Parser(argparse.ArgumentParser):
         """argparse would exit with 2, which means "nothing in progress" here."""
@@ -321,11 +349,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     bundle.add_argument("--slot-hashes", action="store_true", help="hash both slots (slow)")
     verbs.add_parser("server", help="run and manage an update server (host)", add_help=False)
     artifact = verbs.add_parser("artifact", help="write, read and validate artifacts (host)")
-    if given and "artifact" in given:
-        from updater.artifact import cli as artifact_cli  # noqa: PLC0415
-
-        artifact_cli.add_arguments(artifact)
-    return parser.parse_args(given)
+    return parser, artifact
 
 
 if __name__ == "__main__":

@@ -446,7 +446,9 @@ class Recorder:
                     len(self._log) + 1, kind, name, request.offset, request.length, fua
                 )
                 try:
-                    freezing = self._fire(arriving)
+                    # The copy with the content lives no longer than the buffer.
+                    seen = dataclasses.replace(arriving, content=payload) if self._armed else None
+                    freezing = None if seen is None else self._fire(seen, arriving)
                     if freezing is not None:
                         inside = isinstance(freezing.action, Freeze) and freezing.action.inside
                         if inside:
@@ -578,11 +580,11 @@ class Recorder:
 
     # ---------------------------------------------------------------- triggers and faults
 
-    def _fire(self, arriving: Arriving) -> Armed | None:
+    def _fire(self, seen: Arriving, arriving: Arriving) -> Armed | None:
         """Let the armed triggers see an operation; the one that freezes on it, if any."""
         freezing: Armed | None = None
         for armed in list(self._armed):
-            if not armed.counter.feed(arriving):
+            if not armed.counter.feed(seen):
                 continue
             self._armed.remove(armed)
             if isinstance(armed.action, Inject):

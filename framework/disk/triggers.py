@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import errno
 import math
+import re
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +22,7 @@ NBD_EIO: Final = 5
 NBD_ENOSPC: Final = 28
 _ERRORS: Final = {errno.EIO: NBD_EIO, errno.ENOSPC: NBD_ENOSPC}
 _TARGETS: Final = frozenset({"read", "write", "flush", "discard"})
+_NOTHING: Final = memoryview(b"")
 _CHANGES: Final = frozenset({Kind.WRITE, Kind.DISCARD, Kind.ZEROES})
 
 
@@ -34,6 +36,8 @@ class Arriving:
     offset: int
     length: int
     fua: bool = False
+    content: memoryview = dataclasses.field(default=_NOTHING, repr=False, compare=False)
+    """What a write carries. Valid only while a counter is fed with it."""
 
     def __str__(self) -> str:
         where = "" if self.kind is Kind.FLUSH else f" {self.length} bytes at {self.offset}"
@@ -120,6 +124,23 @@ class Trigger:
         count = max(1, math.ceil(length * percent / 100))
         made = cls.bytes_written(count, device, offset, length)
         return dataclasses.replace(made, text=f"{percent:g} % of {device} {offset}+{length}")
+
+    @classmethod
+    def content(cls, what: str, pattern: re.Pattern[bytes], device: str | None = None) -> Trigger:
+        """A write that carries `pattern`, which `what` puts into words.
+
+        It is looked for in each write alone: it must not lie across a block's end.
+        """
+
+        def match(op: Arriving) -> bool:
+            return (
+                op.kind is Kind.WRITE
+                and device in (None, op.device)
+                and pattern.search(op.content) is not None
+            )
+
+        text = f"the write of {what}" + _of(device)
+        return cls(text, lambda: _Matches(1, match), _named(device))
 
     @classmethod
     def any_of(cls, *triggers: Trigger) -> Trigger:

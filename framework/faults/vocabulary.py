@@ -82,13 +82,39 @@ class ConsoleSays:
 
 @frozen
 class AtState:
-    """When the updater enters this state."""
+    """When the updater enters this state, for the nth time."""
+
+    name: str = field(validator=validators.min_len(1))
+    nth: int = field(default=1, validator=validators.ge(1))
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        often = "" if self.nth == 1 else f" for time {self.nth}"
+        return f"when the updater enters {self.name}{often}"
+
+
+@frozen
+class OnRecord:
+    """Inside the write that puts this state on the updater's record: the one before has ended."""
 
     name: str = field(validator=validators.min_len(1))
 
     def __str__(self) -> str:
         """The trigger as part of a sentence."""
-        return f"when the updater enters {self.name}"
+        return f"inside the write that records {self.name}"
+
+
+@frozen
+class DiskOperation:
+    """Inside the nth disk operation after the updater entered this state (for that time)."""
+
+    nth: int = field(validator=validators.ge(1))
+    after: AtState
+
+    def __str__(self) -> str:
+        """The trigger as part of a sentence."""
+        often = "" if self.after.nth == 1 else f", time {self.after.nth}"
+        return f"inside disk operation {self.nth} in {self.after.name}{often}"
 
 
 @frozen
@@ -102,7 +128,16 @@ class Downloaded:
         return f"when {self.percent:g} % of the artifact is downloaded"
 
 
-Trigger = SlotWrite | BootEnvWrite | AfterSwitch | ConsoleSays | AtState | Downloaded
+Trigger = (
+    SlotWrite
+    | BootEnvWrite
+    | AfterSwitch
+    | ConsoleSays
+    | AtState
+    | OnRecord
+    | DiskOperation
+    | Downloaded
+)
 
 
 def slot_write(*, percent: float) -> Trigger:
@@ -128,6 +163,16 @@ def console(text: str) -> Trigger:
 def state(name: str) -> Trigger:
     """When the updater enters the state `name`."""
     return AtState(name)
+
+
+def on_record(name: str) -> Trigger:
+    """Inside the write that puts the state `name` on the updater's record."""
+    return OnRecord(name)
+
+
+def disk_operation(nth: int, *, after: str, entry: int = 1) -> Trigger:
+    """Inside the nth disk operation after the updater's `entry`th entry of the state `after`."""
+    return DiskOperation(nth, AtState(after, entry))
 
 
 def downloaded(*, percent: float) -> Trigger:

@@ -26,9 +26,11 @@ from framework.faults import (
     BitFlip,
     BootEnvWrite,
     ConsoleSays,
+    DiskOperation,
     Fault,
     FaultError,
     NetworkDrop,
+    OnRecord,
     PowerCut,
     SlotWrite,
 )
@@ -160,6 +162,15 @@ def _arm_power_cut(faults: Faults, fault: PowerCut) -> ArmedFault:
         where = _later(_environment_write(device, 1), trigger.operations)
     elif isinstance(trigger, BootEnvWrite):
         return _inside_environment_write(faults, fault, trigger, model)
+    elif isinstance(trigger, OnRecord):
+        record = device.uut.record(trigger.name)
+        where = DiskTrigger.content(f"the record of {trigger.name}", record)
+        armed = device.machine.arm_cut(where, model, faults.seed, inside=True)
+        return ArmedFault(fault, armed.fired.is_set, armed.disarm)
+    elif isinstance(trigger, DiskOperation):
+        return _inside_once_entered(
+            faults, fault, trigger.after, _any_operation(trigger.nth), model
+        )
     else:
         assert isinstance(trigger, AtState | ConsoleSays)
         said = str(fault)
@@ -181,14 +192,45 @@ def _inside_environment_write(
     if trigger.after is None:
         armed = machine.arm_cut(where, model, faults.seed, inside=True)
         return ArmedFault(fault, armed.fired.is_set, armed.disarm)
+    return _inside_once_entered(faults, fault, AtState(trigger.after), where, model)
+
+
+def _inside_once_entered(
+    faults: Faults, fault: PowerCut, state: AtState, where: DiskTrigger, model: CacheModel
+) -> ArmedFault:
+    """Arm a cut inside the operation that meets `where`, counted from the entry of `state`."""
     on_disk: list[ArmedOnDisk] = []
+    machine = faults.device.machine
     waiting = _on_console(
         faults,
         fault,
-        AtState(trigger.after),
+        state,
         lambda: on_disk.append(machine.arm_cut(where, model, faults.seed, inside=True)),
     )
-    return ArmedFault(fault, lambda: any(a.fired.is_set() for a in on_disk), waiting.disarm)
+
+    def disarm() -> None:
+        waiting.disarm()
+        for armed in on_disk:
+            armed.disarm()
+
+    return ArmedFault(fault, lambda: any(a.fired.is_set() for a in on_disk), disarm)
+
+
+def _any_operation(nth: int) -> DiskTrigger:
+    """The nth operation from now, whatever it is."""
+    return DiskTrigger(f"operation {nth} from here", lambda: _Countdown(nth))
+
+
+@dataclasses.dataclass
+class _Countdown(Counter):
+    """Fires on the nth operation."""
+
+    nth: int
+
+    def feed(self, arriving: Arriving) -> bool:
+        """Take the next operation."""
+        self.nth -= 1
+        return self.nth == 0
 
 
 @dataclasses.dataclass
@@ -269,10 +311,15 @@ def _on_console(
     device = faults.device
     fired = threading.Event()
 
+    left = trigger.nth if isinstance(trigger, AtState) else 1
+
     def heard(line: Line) -> None:
+        nonlocal left
         if line.direction == "RX" and not fired.is_set() and _says(device, line.text, trigger):
-            fired.set()
-            action()
+            left -= 1
+            if left == 0:
+                fired.set()
+                action()
 
     return ArmedFault(fault, fired.is_set, device.machine.pump.add_listener(heard))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from attrs import define
 
 from framework.scenario.device import Device, Machine, Update
+from framework.scenario.managed import ManagedDevice
+from framework.scenario.management import SERVER_NAME, ManagementServer
 from framework.scenario.manifest import ManifestError, TargetManifest
 from framework.targets.rig import load_rig
 from framework.targets.strategy import SlotStrategy
@@ -19,7 +22,6 @@ from framework.targets.uut import BrownoutUpdater, UpdaterUnderTest, UutError
 from images import ImageError, TargetImages, build_target
 from updater.server import ArtifactFileServer, ServerError
 
-SERVER_NAME = "updates.brownout.test"
 ARTIFACT_FOLDER = "artifacts"
 
 
@@ -47,6 +49,7 @@ class Bench:
     uut: UpdaterUnderTest
     artifacts: Path
     key: Path
+    _management: ManagementServer | None = None
 
     def manifest(self, base: str) -> TargetManifest:
         """What is known of the target's images when slot a holds `base`."""
@@ -57,20 +60,35 @@ class Bench:
         base: str,
         say: Callable[[str], None],
         step: Callable[[str], AbstractContextManager[Any]],
+        *,
+        managed: bool = False,
     ) -> Device:
-        """A device, switched off, with a pristine disk whose slot a holds `base`."""
+        """A device, switched off, with a pristine disk whose slot a holds `base`.
+
+        One that is `managed` gets its updates from the session's management server.
+        """
         manifest = self.manifest(base)
         self.strategy.transition("off")
         self.machine.fresh(manifest.disks, manifest.firmware.get("seed"))
-        return Device(
-            machine=self.machine,
-            strategy=self.strategy,
-            uut=self.uut,
-            manifest=manifest,
-            base=manifest.images[base],
-            say=say,
-            step=step,
-        )
+        common: dict[str, Any] = {
+            "machine": self.machine,
+            "strategy": self.strategy,
+            "uut": self.uut,
+            "manifest": manifest,
+            "base": manifest.images[base],
+            "say": say,
+            "step": step,
+        }
+        if managed:
+            return ManagedDevice(**common, server=self.management())
+        return Device(**common)
+
+    def management(self) -> ManagementServer:
+        """The session's management server, started when it is first asked for."""
+        if self._management is None:
+            folder = Path(tempfile.mkdtemp(prefix="brownout-server-"))
+            self._management = ManagementServer(folder, self.key.parent)
+        return self._management
 
     def update(self, variant: str, port: int) -> Update:
         """An update to `variant`, downloaded through `port` of this host."""
@@ -86,6 +104,8 @@ class Bench:
     def close(self) -> None:
         """Switch the machine off and stop the server."""
         self.server.close()
+        if self._management is not None:
+            self._management.close()
         self.strategy.transition("off")
 
 

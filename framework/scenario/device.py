@@ -26,7 +26,7 @@ from framework.report import Moment
 from framework.scenario.inspect import check_data, look
 from framework.scenario.manifest import TargetManifest
 from framework.targets.errors import InfrastructureError
-from framework.targets.strategy import BootOutcome, Fate, SlotStrategy
+from framework.targets.strategy import BootOutcome, CommandResult, Fate, SlotStrategy
 from framework.targets.uut import UpdaterUnderTest
 from framework.verdict import (
     BootSeen,
@@ -202,6 +202,14 @@ class Device:
             self._event(RetryEnded(update.name, committed, self._running_text()))
             self.did.append(f"{update.name} {'' if committed else 'not '}committed in the end")
             self.check_data()
+
+    def command(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> CommandResult:
+        """Run something in the device's shell, as an operator would; it is in the report."""
+        with self._step(f"running {command}", "operator"):
+            result = self.strategy.run(command, timeout_s)
+            self.note("operator", f"exit code {result.code}: {result.text[-400:]}")
+            self.did.append(f"`{command}` ended with {result.code}")
+            return result
 
     def update(self, update: Update) -> InstallEnded:
         """Install, restart, and let the device commit or roll back by itself."""

@@ -103,6 +103,9 @@ class UpdaterUnderTest(Protocol):
     def parse_status(self, lines: list[str]) -> DeviceStatus:
         """The device's own view of itself."""
 
+    def record(self, state: str) -> re.Pattern[bytes]:
+        """What the write carries that puts `state` on the updater's record on the disk."""
+
 
 class BrownoutUpdater:
     """Our own updater."""
@@ -183,3 +186,10 @@ class BrownoutUpdater:
             outcome=last["result"] if last else "",
             cause=(last["cause"] or "").strip() if last else "",
         )
+
+    def record(self, state: str) -> re.Pattern[bytes]:
+        """A row of `update_in_progress`: source, target, state and boot id stand in a row.
+
+        SQLite stores a record's values one after the other (sqlite.org/fileformat.html, 2.1).
+        """
+        return re.compile(b"[ab][ab]" + re.escape(state).encode() + b"[0-9a-f]{8}-[0-9a-f]{4}-")

@@ -178,6 +178,21 @@ class RetryEnded:
     detail: str = ""
 
 
+@frozen
+class ServerTold:
+    """What the management server was told, once the device had nothing more to do.
+
+    Attributes:
+        artifact: the deployment's.
+        status: the device's in that deployment.
+        cause: of a failure.
+    """
+
+    artifact: str
+    status: str
+    cause: str = ""
+
+
 Event = (
     DiskSeen
     | PowerCut
@@ -189,6 +204,7 @@ Event = (
     | DataChecked
     | StatusRead
     | RetryEnded
+    | ServerTold
 )
 
 

@@ -20,6 +20,7 @@ from framework.verdict.events import (
     InstallStarted,
     RetryEnded,
     Run,
+    ServerTold,
     SlotContent,
     StatusRead,
 )
@@ -28,6 +29,8 @@ from framework.verdict.oracle import next_boot
 EXIT_OK = 0
 EXIT_ERROR = 1
 EXIT_REBOOT_NEEDED = 4
+TOLD_GOOD = ("success", "already-installed")
+TOLD_BAD = "failure"
 
 
 @frozen
@@ -209,6 +212,14 @@ def truthful(run: Run) -> Finding:
                 broken.append(f"says it runs {event.artifact}, runs {running}")
             if event.outcome in ("failed", "rolled-back") and not event.cause:
                 broken.append(f"says the update was {event.outcome}, without a cause")
+        elif isinstance(event, ServerTold):
+            looked_at += 1
+            if event.status in TOLD_GOOD and event.artifact != running:
+                broken.append(f"told the server {event.artifact}: {event.status}, runs {running}")
+            if event.status == TOLD_BAD and event.artifact == running:
+                broken.append(f"told the server that {event.artifact} failed, runs it")
+            if event.status == TOLD_BAD and not event.cause:
+                broken.append(f"told the server that {event.artifact} failed, without a cause")
     return _broken_or_held(7, broken, looked_at, f"{looked_at} statements, all true")
 
 
@@ -225,6 +236,10 @@ def bounded(run: Run) -> Finding:
             looked_at += 1
             if event.attempts > run.boot_limit:
                 broken.append(f"{event.attempts} kernel starts, at most {run.boot_limit} allowed")
+        elif isinstance(event, ServerTold):
+            looked_at += 1
+            if event.status not in (*TOLD_GOOD, TOLD_BAD):
+                broken.append(f"left the server in the belief that it is {event.status}")
     return _broken_or_held(8, broken, looked_at, f"{looked_at} waits ended in time")
 
 

@@ -121,7 +121,8 @@ def start_up(directory: Path, rounds: int) -> None:
     """Compare starts."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from updater import cli;"
-        "cli.DEFAULT_PATH = sys.argv[2]; sys.exit(cli.main(['resume']))"
+        "from updater.device import config; config.DEFAULT_PATH = sys.argv[2];"
+        "sys.exit(cli.main(['resume']))"
     )
     config = str(directory / "updater.toml")
     root = str(TESTS.parents[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -175,6 +176,8 @@ def drive(client) -> None:
         (Trigger.bytes_written(KIB4, "vda", 6 * KIB4 + 512, 64 * KIB4), 9),
         (Trigger.percent_written(50, "vda", 0, 10 * KIB4), 5),
         (Trigger.percent_written(100, "vda", 0, 10 * KIB4), 11),
+        (Trigger.content("sevens", re.compile(b"\x07\x07")), 8),
+        (Trigger.content("an eleven", re.compile(b"\x0b"), "vda"), 13),
         (Trigger.any_of(Trigger.nth_flush(3), Trigger.block_range("vda", 7 * KIB4, 1)), 9),
     ],
     ids=str,
@@ -195,6 +198,8 @@ def test_triggers_fire_at_the_very_operation(recorder, connect, trigger, operati
         Trigger.block_range("vdb", 0, 1 << 20),
         Trigger.bytes_written(20 * KIB4 + 1),
         Trigger.operation(26),
+        Trigger.content("what nobody writes", re.compile(b"\x01\x02")),
+        Trigger.content("a one elsewhere", re.compile(b"\x01"), "vdb"),
     ],
     ids=str,
 )

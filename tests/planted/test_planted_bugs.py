@@ -117,3 +117,13 @@ def test_a_drive_that_acknowledges_flushes_and_forgets_is_caught(
     faults.power_cut(LyingFlush(keep=0.0)).when(slot_write(percent=10))
     device.install(update)
     device.restore()
+
+
+@pytest.mark.managed
+@pytest.mark.base("v1+early-success")
+@pytest.mark.update("unhealthy")
+@pytest.mark.planted(violates=7)
+def test_telling_the_server_of_success_before_the_restart_is_caught(
+    device: Device, update: Update
+) -> None:
+    device.update(update)

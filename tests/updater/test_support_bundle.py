@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sqlite3
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ import zstandard
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from images.deb import PACKAGE_DIR
 from updater.cli import main
 from updater.device import support_bundle
 from updater.device.bootenv_grub import format_block
@@ -330,6 +332,15 @@ def test_the_command_line_writes_one(
     (made,) = Path().glob("support-*.tar.zst")
     assert "versions.json" in unpack(made)
     assert main([*arguments, "-o", str(device.root / "no" / "where")]) == 1
+
+
+def test_it_asks_the_journal_for_everything_that_the_services_say() -> None:
+    """A service that gives no name of its own would go by that of the program or script."""
+    services = sorted((PACKAGE_DIR / "root/usr/lib/systemd/system").glob("*.service"))
+    assert len(services) == 2
+    for service in services:
+        (name,) = re.findall(r"^SyslogIdentifier=(\S+)$", service.read_text(), re.MULTILINE)
+        assert f"--identifier={name}" in Sources().journal, service.name
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from updater.artifact.signature import PrivateKey
 from updater.device import bootenv
 from updater.device.bootenv_grub import format_block
 from updater.device.config import Slot, load_config
+from updater.device.usage import TEXT, rendered
 
 PROGRAM = Path(__file__).with_name("updater_device.py")
 V1 = image_bytes(1_500_000, 1)
@@ -492,7 +494,8 @@ def test_the_boot_path_imports_neither_tls_nor_cryptography(grub_device: Device)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from updater import cli\n"
-        "cli.DEFAULT_PATH = sys.argv[2]\n"
+        "from updater.device import config\n"
+        "config.DEFAULT_PATH = sys.argv[2]\n"
         "code = cli.main(['resume'])\n"
         "heavy = {'ssl', 'http', 'cryptography', 'zstandard', 'dataclasses', 'inspect', 'lzma',"
         "'updater.artifact', 'urllib', 'argparse', 'subprocess', 'pathlib'} & set(sys.modules)\n"
@@ -508,8 +511,66 @@ def test_the_boot_path_imports_neither_tls_nor_cryptography(grub_device: Device)
     assert done.stdout == "0 []\n"
 
 
+def test_the_ready_made_help_is_what_the_command_line_would_print(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert rendered() == TEXT, "run `python -m updater.device.usage`"
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_costs_no_imports(option: str) -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules)\n"
+        "from updater import cli\n"
+        "code = cli.main([sys.argv[2]])\n"
+        "print(code, sorted(name for name in set(sys.modules) - before if name != '__future__'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, str(PROGRAM.parents[2]), option],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (
+        done.stdout
+        == f"{TEXT}0 ['updater', 'updater.cli', 'updater.device', 'updater.device.usage']\n"
+    )
+
+
 def test_usage_errors_are_errors_not_nothing_in_progress(grub_device: Device) -> None:
     code, text = grub_device("explode")
     assert (code, text.count("\n")) == (1, 1)
     code, text = grub_device("install")
     assert (code, "required: FILE|URL" in text) == (1, True)
+
+
+def context_switches(pid: int) -> int:
+    """Of all its threads: a process that never runs has none."""
+    count = 0
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        for line in status.read_text().splitlines():
+            if "ctxt_switches" in line:
+                count += int(line.split()[1])
+    return count
+
+
+def test_an_idle_daemon_does_not_wake_up_between_polls(grub_device: Device) -> None:
+    """Port 1 refuses: it asks, fails, says when it asks again, and sleeps in one piece."""
+    config = grub_device.directory / "updater.toml"
+    server = '[server]\nurl = "https://127.0.0.1:1"\nretry_s = 3600\n'
+    config.write_text(config.read_text() + server)
+    with grub_device.start("daemon") as daemon:
+        try:
+            assert daemon.stderr is not None
+            said = next(line for line in daemon.stderr if "asking again in" in line)
+            assert 1500 <= int(said.split()[-2]) <= 2100, said
+            deadline = time.monotonic() + 20
+            before, now = -1, context_switches(daemon.pid)
+            while before != now and time.monotonic() < deadline:
+                time.sleep(0.25)
+                before, now = now, context_switches(daemon.pid)
+            time.sleep(3)
+            assert context_switches(daemon.pid) == now
+        finally:
+            daemon.kill()

@@ -446,6 +446,87 @@ def test_a_pause_before_the_restart_holds_when_the_daemon_starts_anew(
     assert fleet.world.running_image() == "v2"
 
 
+def cut_in_the_pause_before_the_install(fleet: Fleet, manager: Manager) -> None:
+    """The power goes while an update waits for its installation; the device starts again."""
+    manager.control = {"states": {"ArtifactInstall_Enter": {"action": "pause"}}}
+    honest = fleet.world.clock.wait
+
+    def cut(seconds: float) -> None:
+        raise PowerCutError
+
+    fleet.world.clock.wait = cut  # type: ignore[method-assign]
+    fleet.cycle()
+    fleet.world.clock.wait = honest  # type: ignore[method-assign]
+    fleet.restart()
+
+
+def test_a_pause_before_the_install_holds_through_a_restart_and_then_goes_on(
+    fleet: Fleet, manager: Manager
+) -> None:
+    cut_in_the_pause_before_the_install(fleet, manager)
+    # Init runs first, and knows no server.
+    fleet.world.client().resume()
+    assert fleet.world.store.update() is not None
+    clock = fleet.world.clock
+    honest, before = clock.wait, len(clock.waits)
+
+    def wait(seconds: float) -> None:
+        honest(seconds)
+        manager.control = {"states": {}}
+
+    clock.wait = wait  # type: ignore[method-assign]
+    fleet.settle()
+    assert clock.waits[before:] == [300.0], "it waited on"
+    assert fleet.world.running_image() == "v2"
+    assert manager.reported()[-1] == "success"
+    assert manager.reported().count("downloading") == 1, "and nothing was fetched twice"
+
+
+def test_any_number_of_restarts_in_a_pause_is_no_loop(fleet: Fleet, manager: Manager) -> None:
+    for _ in range(40):
+        cut_in_the_pause_before_the_install(fleet, manager)
+    manager.control = {"states": {}}
+    fleet.settle()
+    assert fleet.world.running_image() == "v2"
+
+
+def test_an_update_that_is_held_can_be_given_up_by_hand(fleet: Fleet, manager: Manager) -> None:
+    cut_in_the_pause_before_the_install(fleet, manager)
+    with pytest.raises(UpdaterError, match="not finished"):
+        fleet.world.client().install(str(fleet.world.artifact))
+    with pytest.raises(UpdaterError, match="nothing to commit"):
+        fleet.world.client().commit()
+    fleet.world.client().rollback()
+    fleet.settle()
+    assert fleet.world.running_image() == "v1"
+    assert manager.reported()[-1] == "failure"
+
+
+def test_a_cut_after_a_pause_is_an_interrupted_install_again(
+    fleet: Fleet, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pause leaves on record must not outlive it: then the install has begun."""
+
+    def cut(self: Client) -> None:
+        raise PowerCutError
+
+    manager.control = {"states": {"ArtifactInstall_Enter": {"action": "pause"}}}
+    honest = fleet.world.clock.wait
+
+    def wait(seconds: float) -> None:
+        honest(seconds)
+        manager.control = {"states": {}}
+        monkeypatch.setattr(Client, "activate", cut)
+
+    fleet.world.clock.wait = wait  # type: ignore[method-assign]
+    fleet.cycle()
+    monkeypatch.undo()
+    fleet.restart()
+    fleet.settle()
+    assert fleet.world.running_image() == "v1"
+    assert manager.reported()[-1] == "failure"
+
+
 def test_the_control_map_can_let_a_state_fail(fleet: Fleet, manager: Manager) -> None:
     manager.control = {"states": {"ArtifactInstall_Enter": {"action": "fail"}}}
     fleet.settle()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from updater.device.model import (
     Boot,
     Decision,
+    Part,
     State,
     Update,
     decide,
@@ -58,6 +59,21 @@ def test_decision(
     running: str, state: State, boot: Boot, restarted: bool, decision: Decision
 ) -> None:
     assert decide(update(state), running, boot, "boot-2" if restarted else "boot-1") is decision
+
+
+@pytest.mark.parametrize("kind", ["rootfs-image", "script"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_only_an_installation_that_was_held_and_not_begun_goes_on(
+    kind: str, restarted: bool
+) -> None:
+    boot_id = "boot-2" if restarted else "boot-1"
+    held = update(State.INSTALL)._replace(part=Part.WAIT, kind=kind)
+    assert decide(held, "a", ON_SOURCE, boot_id) is Decision.HELD
+    for begun in (part for part in Part if part is not Part.WAIT):
+        assert decide(held._replace(part=begun), "a", ON_SOURCE, boot_id) is not Decision.HELD
+    if kind == "rootfs-image":
+        assert decide(held, "a", TRIAL, boot_id) is not Decision.HELD
+        assert decide(held, "b", TRIAL, boot_id) is not Decision.HELD
 
 
 @given(

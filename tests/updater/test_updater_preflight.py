@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,50 @@ def test_a_commit_into_an_environment_that_cannot_be_written_is_never_called_goo
     assert "fw_setenv exited with" in err
     assert device.reboot() == "a", "the boot loader has counted"
     assert "rolled back to v1 (slot a): boot environment" in device("resume")[1]
+
+
+@small_disks
+def test_a_read_only_passive_slot_is_refused_and_nothing_is_touched(
+    device: Device, update: str
+) -> None:
+    environment = device.environment.read()
+    slot = device.directory / "b.img"
+    script = f'mount --bind "{slot}" "{slot}" && mount -o remount,ro,bind "{slot}" && exec "$@"'
+    prefix = ("unshare", "-rm", "sh", "-c", script, "sh")
+    with device.start("install", update, prefix=prefix) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert err.count("updater: error: ") == 1
+    assert f"{slot}: cannot be opened: Read-only file system" in err
+    assert slot.read_bytes() == bytes(SLOT_BYTES)
+    assert device.environment.read() == environment
+    assert device("status")[1].startswith("state: Idle")
+    assert device("install", update)[0] == 0, "and once it can be written, it works"
+
+
+def test_an_artifact_that_ends_at_any_member_boundary_is_refused(
+    device: Device, tmp_path: Path, update: str
+) -> None:
+    environment = device.environment.read()
+    whole = Path(update).read_bytes()
+    with tarfile.open(update) as archive:
+        members = archive.getmembers()
+    names = [member.name for member in members]
+    assert names == ["version", "manifest", "manifest.sig", "header.tar.zst", "data/0000.tar.zst"]
+    # In front of each header, behind each header, and behind the last content.
+    last = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    ends = {*(m.offset for m in members), *(m.offset_data for m in members), last}
+    for end in sorted(ends):
+        cut = tmp_path / "cut.mender"
+        cut.write_bytes(whole[:end])
+        code, text = device("install", str(cut))
+        assert (code, text.count("updater: error: ")) == (1, 1), f"{end}: {text}"
+        assert "too early" in text or "cut off" in text or "ends" in text, f"{end}: {text}"
+        assert device.environment.read() == environment
+        # What was begun is nothing that a boot loader could start.
+        assert (device.directory / "b.img").read_bytes()[:65536] == bytes(65536)
+    assert device("status")[1].startswith("state: Idle")
+    assert device("install", update)[0] == 0
 
 
 # A stand-in for a clock that nobody can turn back on a shared machine: the real time functions

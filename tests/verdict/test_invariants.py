@@ -16,6 +16,7 @@ from framework.verdict import (
     Outcome,
     RetryEnded,
     Run,
+    ServerTold,
     SlotContent,
     SlotState,
     StatusRead,
@@ -61,6 +62,7 @@ HONEST: list[Event] = [
     READY_NEW,
     StatusRead("v2", "committed"),
     DataChecked(True, True),
+    ServerTold("v2", "success"),
     RetryEnded("v2", True),
 ]
 
@@ -103,6 +105,12 @@ BROKEN: list[tuple[str, tuple[int, ...], list[Event]]] = [
     ]),
     ("a wrong version told", (7,), [READY_OLD, StatusRead("v2")]),
     ("a rollback without a cause", (7,), [READY_OLD, StatusRead("v1", "rolled-back")]),
+    ("success told of what does not run", (7,), [READY_OLD, ServerTold("v2", "success")]),
+    ("failure told of what runs", (7,), [
+        InstallStarted("v2"), READY_NEW, ServerTold("v2", "failure", "because"),
+    ]),
+    ("failure told without a cause", (7,), [READY_OLD, ServerTold("v2", "failure")]),
+    ("a server left waiting", (8,), [READY_OLD, ServerTold("v2", "installing")]),
     ("an endless install", (8,), [InstallEnded("v2", None, timed_out=True)]),
     ("a reboot loop", (8,), [OLD, BootSeen(True, "v1", "a", attempts=9)]),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ cryptography, TLS or decompression is loaded.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class NoObserver:
         """Say yes."""
         return True
 
-    def entering(self, update: Update, state: State) -> None:
+    def entering(self, update: Update, state: State, hold: Callable[[], None]) -> None:
         """Return at once."""
 
     def proving(self, update: Update) -> None:
@@ -198,6 +199,9 @@ class Client:
         if decision is Decision.PROVE and not self.ports.observer.proves(self._update):
             say(f"{self._update.artifact_name} is proved and committed by the daemon")
             return
+        if decision is Decision.HELD and not self.ports.observer.manages:
+            say(f"{self._update.artifact_name} is held before its installation, by the daemon")
+            return
         self._follow(decision)
 
     def commit(self) -> None:
@@ -209,6 +213,10 @@ class Client:
                 f"{self._update.artifact_name} waits in slot {self._update.target}:"
                 " reboot into it before committing"
             )
+        if decision is Decision.HELD:
+            raise NothingInProgressError(
+                f"nothing to commit: {self._update.artifact_name} is held before its installation"
+            )
         self._follow(decision)
         if decision in (Decision.CLOSE_INTERRUPTED, Decision.CLOSE_ROLLED_BACK):
             raise NothingInProgressError("nothing to commit: the update is not running")
@@ -217,7 +225,7 @@ class Client:
         """Give up the update in progress; NothingInProgressError when there is none."""
         self._update = self._update_in_progress("roll back")
         decision = self._decide()
-        if decision in (Decision.AWAIT_REBOOT, Decision.PROVE):
+        if decision in (Decision.AWAIT_REBOOT, Decision.PROVE, Decision.HELD):
             self._note_cause("rollback was asked for")
             self._result = Result.ROLLED_BACK
             self._run(State.ROLLBACK)
@@ -285,7 +293,8 @@ class Client:
             self._enter(state, Part.LEAVE if part is Part.LEAVE else Part.ENTER, step.enter)
             # Outside the limit: how long a person or a maintenance window holds an update is
             # bounded by the observer.
-            self.ports.observer.entering(self._current(), state)
+            self.ports.observer.entering(self._current(), state, self._hold)
+            self._let_go(step.enter)
             with self.ports.limit(str(state), step.deadline_s):
                 event = Event.DONE
                 if part is Part.ENTER:
@@ -321,6 +330,22 @@ class Client:
         )
         self._save(fatal=state not in _UNSTOPPABLE)
         say(f"state {state}")
+
+    def _hold(self) -> None:
+        """Put on record that the installation waits, with everything it needs on the disk."""
+        if self._current().state is not State.INSTALL or self._current().part is Part.WAIT:
+            return
+        # What a module made of its download is not known to be durable.
+        os.sync()
+        self._update = self._current()._replace(part=Part.WAIT)
+        self._save(fatal=True)
+
+    def _let_go(self, scripts: str) -> None:
+        """Put on record that a wait has ended, before anything begins."""
+        if self._current().part is Part.WAIT:
+            part = Part.ENTER if self._has_scripts(scripts, Part.ENTER) else Part.ACTION
+            self._update = self._current()._replace(part=part)
+            self._save(fatal=True)
 
     def _save(self, *, fatal: bool) -> None:
         try:
@@ -621,6 +646,10 @@ class Client:
             if update.deployment and self.ports.observer.manages:
                 # Once more from its beginning: what held it before the restart may hold it still.
                 self._run(State.REBOOT)
+        elif decision is Decision.HELD:
+            # Once more from its beginning, and that is no step forward.
+            self._update = update._replace(steps=update.steps - 1)
+            self._run(State.INSTALL)
         elif decision is Decision.PROVE:
             self._run(State.VERIFY)
         elif decision is Decision.FINISH_COMMIT:

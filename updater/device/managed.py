@@ -173,14 +173,14 @@ class ServerObserver:
         """Whether the new system may be proved here and now."""
         return True
 
-    def entering(self, update: Update, state: State) -> None:
+    def entering(self, update: Update, state: State, hold: Callable[[], None]) -> None:
         """Report, then wait as long as the server or the maintenance window wants."""
         if not update.deployment:
             return
         self._log.begin(update.deployment)
         self._log.sync()
         if state in GATES:
-            self._gate(update, state)
+            self._gate(update, state, hold)
         if state in STATUSES:
             self._report(update, STATUSES[state])
 
@@ -190,7 +190,7 @@ class ServerObserver:
         except ServerError as error:
             say(f"warning: status {status} not delivered: {error}")
 
-    def _gate(self, update: Update, state: State) -> None:
+    def _gate(self, update: Update, state: State, hold: Callable[[], None]) -> None:
         """Return when the update may go on; UpdaterError when it must not."""
         self._recall(update.deployment)
         if self._control:
@@ -201,6 +201,7 @@ class ServerObserver:
             if self._clock.monotonic() >= give_up:
                 raise UpdaterError(f"{state}: paused for {MAX_PAUSE_S / 86400:g} days: {reason[0]}")
             if reason[0] != said:
+                hold()
                 said = reason[0]
                 say(f"{state} waits: {said}")
                 self._report(update, GATES[state])
@@ -283,6 +284,7 @@ class Daemon:
             pause = self.cycle()
             if once:
                 return
+            say(f"asking again in {pause:.0f} s")
             self._clock().wait(pause)
 
     def _clock(self) -> Clock:

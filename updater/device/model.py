@@ -40,8 +40,12 @@ ROOTFS_IMAGE = "rootfs-image"
 
 
 class Part(StrEnum):
-    """Where in a state one is; the names are those of the state scripts' actions."""
+    """Where in a state one is; the names are those of the state scripts' actions.
 
+    WAIT is before all of them: the state is held, and nothing of it has begun.
+    """
+
+    WAIT = "Wait"
     ENTER = "Enter"
     ACTION = ""
     LEAVE = "Leave"
@@ -122,6 +126,7 @@ class Decision(StrEnum):
     """What to do about a remembered update at boot."""
 
     AWAIT_REBOOT = "installed, waiting for the reboot"
+    HELD = "held before its installation began"
     PROVE = "on the new system, unproven: check health, then commit"
     FINISH_COMMIT = "committed in the boot environment, not yet in the store"
     ROLL_BACK = "on the new system, to be left: point the boot environment back, reboot"
@@ -164,6 +169,7 @@ def decide(update: Update, running: str, boot: Boot, boot_id: str) -> Decision:
     target      else                   any                 any       PROVE
     source      Install to Failure     target, trial       no        AWAIT_REBOOT
     source      Download               any                 any       CLOSE_INTERRUPTED
+    source      …Install_Wait          not target          any       HELD
     source      ArtifactInstall        not target          any       CLOSE_INTERRUPTED
     source      else                   any                 any       CLOSE_ROLLED_BACK
     ==========  =====================  ==================  ========  =====================
@@ -196,7 +202,7 @@ def decide(update: Update, running: str, boot: Boot, boot_id: str) -> Decision:
     if armed and boot.trial and not restarted and waits:
         return Decision.AWAIT_REBOOT
     if update.state is State.INSTALL and not armed:
-        return Decision.CLOSE_INTERRUPTED
+        return Decision.HELD if update.part is Part.WAIT else Decision.CLOSE_INTERRUPTED
     return Decision.CLOSE_ROLLED_BACK
 
 
@@ -210,6 +216,7 @@ def _decide_module(update: Update, restarted: bool) -> Decision:
     state                          restart?  decision
     =============================  ========  =================
     Download                       any       CLOSE_INTERRUPTED
+    ArtifactInstall_Wait           any       HELD
     ArtifactReboot                 no        AWAIT_REBOOT
     ArtifactReboot                 yes       PROVE
     ArtifactRollbackReboot         no        REBOOT_AGAIN
@@ -221,6 +228,8 @@ def _decide_module(update: Update, restarted: bool) -> Decision:
     """
     if update.state is State.DOWNLOAD:
         return Decision.CLOSE_INTERRUPTED
+    if update.state is State.INSTALL and update.part is Part.WAIT:
+        return Decision.HELD
     if update.state is State.REBOOT and update.part is not Part.ERROR:
         return Decision.PROVE if restarted else Decision.AWAIT_REBOOT
     if update.state is State.ROLLBACK_REBOOT:

@@ -243,8 +243,11 @@ class Observer(Protocol):
         """Whether the new system may be proved here and now, at a start of the client."""
         ...
 
-    def entering(self, update: Update, state: State) -> None:
-        """`state` was persisted and begins; an UpdaterError makes it fail."""
+    def entering(self, update: Update, state: State, hold: Callable[[], None]) -> None:
+        """`state` was persisted and begins; an UpdaterError makes it fail.
+
+        `hold` is called before a wait, so that a restart in it finds that nothing had begun.
+        """
         ...
 
     def proving(self, update: Update) -> None:

@@ -69,7 +69,7 @@ class Sources(NamedTuple):
     kmsg: str = "/dev/kmsg"
     journal: tuple[str, ...] = (
         "journalctl", "--no-pager", "--output=short-iso-precise", "--lines=3000",
-        "--identifier=updater",
+        "--identifier=updater", "--identifier=updater-resume",
     )  # fmt: skip
     logs: tuple[str, ...] = ("/var/log/updater.log",)
 
