@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup setup-tests demo test lint images unit scenarios night explore server server-night lock bench fuzz clean
+.PHONY: setup setup-tests demo test lint images unit scenarios night explore server device server-night lock bench fuzz clean
 
 setup:
 	@.ci/bootstrap
@@ -63,6 +63,10 @@ server: setup
 	@[ -e build/server/server.toml ] || .venv/bin/updater server init build/server \
 		--name localhost --name 127.0.0.1 --name 10.0.2.2
 	@.venv/bin/updater server run build/server
+
+# A QEMU device to try things out with, its console on this terminal. It keeps its disk.
+device: setup
+	@.venv/bin/python -m images boot qemu-arm64
 
 # The management server's long tests (kills, fuzzing, slow connections) and its benchmark.
 server-night: setup-tests

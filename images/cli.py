@@ -1,4 +1,4 @@
-"""The builder's command line: build, deb, manifest, list, relock.
+"""The builder's command line: build, boot, deb, manifest, list, relock.
 
 Exit codes: 0 done, 1 the build failed (one line says why), 2 wrong usage.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.status import Status
 
 from images.builder import Places, build_target, read_manifest, relock_architecture
+from images.console import attend
 from images.deb import build_deb
 from images.errors import ImageError
 from images.locks import LOCK_DIR
@@ -24,6 +25,7 @@ from images.recipe import load_recipe, planted_bugs, recipe_names
 _EXAMPLES = """examples:
   python -m images build qemu-arm64 --variant v1 --variant v2
   python -m images build qemu-arm64 --variant v1+never-fsync
+  python -m images boot qemu-arm64
   python -m images manifest qemu-arm64
   python -m images deb --output-dir build
   python -m images relock
@@ -96,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     manifest = commands.add_parser("manifest", help="print what a build left behind, as JSON")
     manifest.add_argument("target")
     manifest.add_argument("--build-dir", type=Path, default=defaults.build)
+    boot = commands.add_parser("boot", help="boot a target in QEMU, its console on this terminal")
+    boot.add_argument("target")
+    boot.add_argument(
+        "--disk", type=Path, help="keeps what is written; default: device.img beside the images"
+    )
     commands.add_parser("list", help="print the targets, their variants and planted bugs")
     relock = commands.add_parser("relock", help="lock the archive's present versions")
     relock.add_argument("architecture", nargs="*", help="arm64, amd64; all by default")
@@ -117,6 +124,13 @@ def _build(options: argparse.Namespace) -> None:
             relock_if_gone=options.relock_if_gone,
         )
     print(images.directory / "manifest.json")
+
+
+def _boot(options: argparse.Namespace) -> None:
+    with _Display(Console(stderr=True)) as display:
+        images = build_target(options.target, progress=display, relock_if_gone=True)
+    print("the device's console follows; Ctrl-A X ends it", file=sys.stderr)
+    attend(images, options.disk or images.path("device.img"))
 
 
 def _list() -> None:
@@ -145,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "build":
             _build(options)
+        elif options.command == "boot":
+            _boot(options)
         elif options.command == "deb":
             print(build_deb(options.output_dir.absolute(), updater=options.updater_dir.absolute()))
         elif options.command == "manifest":

@@ -32,7 +32,6 @@ pytestmark = [
 
 
 @allure.story("Cut while the image is written")
-@pytest.mark.demo(cost=3)
 @pytest.mark.smoke
 def test_cut_in_the_middle_of_the_image(device: Device, update: Update, faults: Faults) -> None:
     """Power cut in the middle of the image."""

@@ -31,11 +31,11 @@ SAMPLE = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def fill(folder: Path, total: int) -> None:
-    """Fill the database with `total` accepted devices; the first SAMPLE can authenticate."""
+def fill(folder: Path, total: int, known: int = SAMPLE) -> None:
+    """Fill the database with `total` accepted devices; the first `known` can authenticate."""
     database = Database(load_settings(folder).database_url)
     now = time.time()
-    sample = [SimulatedDevice(n, "simulated", "v1") for n in range(min(SAMPLE, total))]
+    sample = [SimulatedDevice(n, "simulated", "v1") for n in range(min(known, total))]
 
     def job(session) -> None:  # type: ignore[no-untyped-def]
         done = Deployment(

@@ -2,7 +2,7 @@
 
 The client runs as a daemon in a root directory of its own (chroot: its paths are built in), with
 only what it needs copied there; it speaks TLS to a server of ours on the loopback. Payloads go to
-an update module of the test's. A root file system needs a bootloader: that is for the x86 target.
+an update module of the test's. A root file system needs a bootloader: test_mender_guest.py.
 """
 
 from __future__ import annotations
@@ -229,8 +229,11 @@ def test_the_real_client_is_accepted_updates_commits_and_fails_with_its_log(
         assert there.upload(note(tmp_path, "bad", "fail\n")).status_code == 201
         bad = there.deploy("bad")
         wait_until(lambda: there.deployment(bad)["counts"].get("failure"), "no failure", client)
-        log = there.admin.get(f"/deployments/{bad}/devices/{device_id}/log").json()
-        assert any("the note says fail" in m["message"] for m in log["messages"])
+        # It reports first and sends the log after that.
+        place = f"/deployments/{bad}/devices/{device_id}/log"
+        wait_until(lambda: there.admin.get(place).status_code == 200, "no log", client)
+        messages = there.admin.get(place).json()["messages"]
+        assert any("the note says fail" in m["message"] for m in messages)
         # The module rolled back what its broken update had not replaced.
         assert there.admin.get(f"/devices/{device_id}").json()["last_failure"]["cause"]
 

@@ -12,7 +12,7 @@ from updater_server_world import Postgres, World, make_artifact, world
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     if Postgres.find() is None:
-        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+        pytest.skip("PostgreSQL is not there (.ci/bootstrap tests unpacks it)")
     server = Postgres()
     yield server
     server.close()
@@ -20,6 +20,16 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(params=["sqlite", "postgresql"], scope="session")
 def database_url(request: pytest.FixtureRequest) -> str:
+    if request.param == "sqlite":
+        return ""
+    server = request.getfixturevalue("postgres")
+    assert isinstance(server, Postgres)
+    return server.new_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def own_database_url(request: pytest.FixtureRequest) -> str:
+    """A database that no other test has used."""
     if request.param == "sqlite":
         return ""
     server = request.getfixturevalue("postgres")

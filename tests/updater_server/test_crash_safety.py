@@ -384,8 +384,8 @@ def test_a_killed_server_keeps_what_it_acknowledged(tmp_path: Path) -> None:
 
 
 @pytest.mark.server_night
-def test_many_kills_lose_nothing(tmp_path: Path, database_url: str) -> None:
-    rounds_of_kills(tmp_path, database_url, rounds=25)
+def test_many_kills_lose_nothing(tmp_path: Path, own_database_url: str) -> None:
+    rounds_of_kills(tmp_path, own_database_url, rounds=25)
 
 
 def test_a_terminated_server_ends_cleanly_and_gives_the_lease_up(tmp_path: Path) -> None:
@@ -402,9 +402,9 @@ def test_a_terminated_server_ends_cleanly_and_gives_the_lease_up(tmp_path: Path)
 
 
 @pytest.mark.server_night
-def test_two_workers_are_one_server(tmp_path: Path, database_url: str) -> None:
+def test_two_workers_are_one_server(tmp_path: Path, own_database_url: str) -> None:
     folder = tmp_path / "server"
-    made = initialise(folder, ["localhost"], 0, "127.0.0.1", database_url=database_url)
+    made = initialise(folder, ["localhost"], 0, "127.0.0.1", database_url=own_database_url)
     database = Database(made.settings.database_url)
     admin = database.read_now(lambda s: accounts.require_user(s, "admin").id)
     token = database.write_now(

@@ -293,6 +293,37 @@ def test_a_database_that_is_away_is_a_clear_503_and_it_recovers(
         assert there.client().get("/health/ready").status_code == 200
 
 
+@pytest.mark.server_night
+def test_a_database_that_is_away_for_a_minute_costs_nobody_more_than_that_minute(
+    tmp_path: Path, postgres: Postgres
+) -> None:
+    """Ten devices go on asking for a minute: each answer is clear and prompt, and all come back."""
+    with world(tmp_path, postgres.new_database()) as there:
+        devices = [there.accepted(f"d{number}") for number in range(10)]
+        assert there.upload(make_artifact(tmp_path)).status_code == 201
+        deployment = there.deploy("v2")
+        postgres.stop()
+        away: set[int] = set()
+        slowest = 0.0
+        end = time.monotonic() + 60
+        try:
+            while time.monotonic() < end:
+                for device in devices:
+                    began = time.monotonic()
+                    away.add(device.next().status_code)
+                    slowest = max(slowest, time.monotonic() - began)
+        finally:
+            postgres.start()
+        assert away == {503}
+        assert slowest < 20, "a device waits longer than its own patience"
+        deadline = time.monotonic() + 60
+        while devices[0].next().status_code == 503:
+            assert time.monotonic() < deadline
+        for device in devices:
+            device.update(deployment)
+        assert there.deployment(deployment)["counts"] == {"success": 10}
+
+
 # The description needs no running server.
 _SCHEMA = schemathesis.openapi.from_dict(openapi(create_app(None, background=False)))  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Iterator
@@ -149,7 +150,9 @@ def test_an_operator_goes_from_login_to_the_cause_of_a_failure(
         ],
     )
     wait_for(browser, "1 of 6 devices failed")
-    wait_for(browser, "stopped")
+    wait_for(browser, "stopped here")
+    # What was collected of when devices called is written.
+    asyncio.run(site.tick())
     shoot(browser, "deployment-stopped")
 
     # Why did it fail?
@@ -161,6 +164,7 @@ def test_an_operator_goes_from_login_to_the_cause_of_a_failure(
     shoot(browser, "device")
     browser.find_element("link text", "Log").click()
     wait_for(browser, "writing slot B")
+    wait_for(browser, f"Log of mac {second[4].identity['mac']} for v2")
     shoot(browser, "log")
     browser.get(f"{site.url}/devices?where=site%3Dlab")
     wait_for(browser, "mac 52:54:00:00:00:01")

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +270,15 @@ def hashes_of(seed: int, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def world(folder: Path, database_url: str = "", **settings: Any) -> Iterator[World]:
+def world(
+    folder: Path,
+    database_url: str = "",
+    names: Sequence[str] = ("localhost", "127.0.0.1"),
+    **settings: Any,
+) -> Iterator[World]:
     """Make and serve a server in `folder`; background jobs run only when a test calls `tick`."""
     set_up_logging("warning")
-    made = initialise(folder, ["localhost", "127.0.0.1"], 0, "127.0.0.1", database_url=database_url)
+    made = initialise(folder, list(names), 0, "127.0.0.1", database_url=database_url)
     clock = Clock()
     core = open_core(load_settings(folder, port=0, **settings), clock)
     try:
@@ -288,7 +293,7 @@ def world(folder: Path, database_url: str = "", **settings: Any) -> Iterator[Wor
 
 
 class Postgres:
-    """A PostgreSQL server of Debian's packages in a folder of its own, on a unix socket only."""
+    """A PostgreSQL server of Debian's package in a folder of its own, on a unix socket only."""
 
     def __init__(self) -> None:
         self.bin = self.find()
@@ -299,6 +304,9 @@ class Postgres:
         if os.getuid() == 0:
             nobody = pwd.getpwnam("nobody")
             os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+            if not self.bin.is_relative_to("/usr"):
+                # The checkout may be where nobody else can go.
+                self._copy_programs()
             self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
         self._run(
             "initdb",
@@ -318,9 +326,19 @@ class Postgres:
 
     @staticmethod
     def find() -> Path | None:
-        """Where the newest installed PostgreSQL's programs are."""
-        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-        return found[-1].parent if found else None
+        """Where the newest PostgreSQL's programs are: unpacked by .ci/bootstrap, or installed."""
+        unpacked = Path(__file__).parents[2] / "build" / "peers" / "postgresql"
+        for root in (unpacked / "usr/lib/postgresql", Path("/usr/lib/postgresql")):
+            if found := sorted(root.glob("*/bin/postgres")):
+                return found[-1].parent
+        return None
+
+    def _copy_programs(self) -> None:
+        assert self.bin is not None
+        root = self.bin.parents[4]
+        unneeded = shutil.ignore_patterns("bitcode", "locale", "doc", "man")
+        shutil.copytree(root / "usr", self.folder / "usr", symlinks=True, ignore=unneeded)
+        self.bin = self.folder / self.bin.relative_to(root)
 
     def start(self) -> None:
         self._run(

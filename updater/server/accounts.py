@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from updater.server.audit import record
-from updater.server.errors import RefusedError, conflict, invalid, not_found
+from updater.server.errors import RefusedError, conflict, invalid, not_found, require_plain
 from updater.server.models import Credential, LoginFailure, User, new_id
 
 ROLES = ("viewer", "operator", "admin")
@@ -65,6 +65,7 @@ def create_user(
     """Add a user; return the id."""
     if role not in ROLES:
         raise invalid(f"role {role!r}: use one of {', '.join(ROLES)}")
+    require_plain("user", name)
     if session.scalar(select(User.id).where(User.name == name)):
         raise conflict(f"a user named {name!r} exists")
     user = User(id=new_id(), name=name, password=password_hash, role=role, created_at=now)

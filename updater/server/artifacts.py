@@ -1,10 +1,11 @@
 """The artifact store: a folder in which every visible file is whole, valid and on disk.
 
-An upload is written to `incoming/` and read by `updater.artifact` at the same time, in pieces;
-nothing is held whole in memory. Only when the last byte was found valid is the file synced,
-renamed to its place, the folder synced, and the row committed, in this order: a power cut at any
-moment leaves either no artifact or a whole one. Files without a row (a cut between rename and
-commit) are never visible and are swept away later.
+The other kind of store, a bucket, is `updater.server.objects`; both are a `Store`. An upload is
+written to `incoming/` and read by `updater.artifact` at the same time, in pieces; nothing is held
+whole in memory. Only when the last byte was found valid is the file synced, renamed to its place,
+the folder synced, and the row committed, in this order: a power cut at any moment leaves either no
+artifact or a whole one. Files without a row (a cut between rename and commit) are never visible and
+are swept away later.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
 from sqlalchemy import delete, exists, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -29,10 +30,10 @@ from updater.server.audit import record
 from updater.server.errors import RefusedError, ServerError, conflict, not_found
 from updater.server.models import Artifact, ArtifactDeviceType, Assignment, Deployment, new_id
 
-_SUFFIX = ".mender"
+SUFFIX = ".mender"
 # Keep this much of the disk for the database.
 _RESERVE_BYTES = 64 << 20
-_SWEEP_AGE_S = 6 * 3600.0
+SWEEP_AGE_S = 6 * 3600.0
 _PIECE = 256 * 1024
 
 
@@ -49,6 +50,38 @@ class Stored(NamedTuple):
     verified: bool
     provides: dict[str, str]
     depends: dict[str, list[str]]
+
+
+class Sink(Protocol):
+    """Where an upload's bytes go while they are validated."""
+
+    def write(self, data: memoryview, /) -> int | None:
+        """Take some of `data`; return how many bytes."""
+
+
+class Store(Protocol):
+    """What the server asks of a store of artifacts. Methods block: call them in a thread."""
+
+    def path(self, artifact_id: str) -> Path | None:
+        """Return the artifact's file, if it is one of this machine's."""
+
+    def size(self, artifact_id: str) -> int | None:
+        """Return the artifact's size in bytes, or None if it isn't there."""
+
+    def read(self, artifact_id: str, start: int, count: int) -> Iterator[bytes]:
+        """Yield `count` bytes of the artifact from byte `start` on."""
+
+    def check_room(self, size: int) -> None:
+        """Refuse an upload that can't fit. Raises RefusedError(507)."""
+
+    def receive(self, pull: Callable[[], bytes], limit: int) -> Stored:
+        """Store and validate an upload; visible only when it is whole. Raises RefusedError."""
+
+    def discard(self, artifact_id: str) -> None:
+        """Remove an artifact."""
+
+    def sweep(self, known: set[str], now: float) -> int:
+        """Remove old leftovers of cut uploads; return how many."""
 
 
 class ArtifactStore:
@@ -68,7 +101,22 @@ class ArtifactStore:
 
     def path(self, artifact_id: str) -> Path:
         """Return where an artifact lies."""
-        return self.folder / f"{artifact_id}{_SUFFIX}"
+        return self.folder / f"{artifact_id}{SUFFIX}"
+
+    def size(self, artifact_id: str) -> int | None:
+        """Return an artifact's size in bytes, or None if it isn't there."""
+        try:
+            return self.path(artifact_id).stat().st_size
+        except OSError:
+            return None
+
+    def read(self, artifact_id: str, start: int, count: int) -> Iterator[bytes]:
+        """Yield `count` bytes of an artifact from byte `start` on."""
+        with self.path(artifact_id).open("rb") as file:
+            file.seek(start)
+            while count and (piece := file.read(min(count, _PIECE))):
+                count -= len(piece)
+                yield piece
 
     def check_room(self, size: int) -> None:
         """Refuse an upload that can't fit. Raises RefusedError(507)."""
@@ -87,8 +135,7 @@ class ArtifactStore:
         part = self._incoming / f"{artifact_id}.part"
         try:
             with part.open("xb", buffering=0) as file:
-                source = _Tee(pull, file, limit)
-                stored = self._validate(artifact_id, source)
+                stored = validated(artifact_id, pull, file, limit, self._keys)
                 os.fsync(file.fileno())
             part.rename(self.path(artifact_id))
             _sync_folder(self.folder)
@@ -107,46 +154,58 @@ class ArtifactStore:
     def sweep(self, known: set[str], now: float) -> int:
         """Remove old leftovers of cut uploads; return how many. `known`: ids in the database."""
         removed = 0
-        for path in (*self._incoming.glob("*.part"), *self.folder.glob(f"*{_SUFFIX}")):
+        for path in (*self._incoming.glob("*.part"), *self.folder.glob(f"*{SUFFIX}")):
             with contextlib.suppress(OSError):
-                old = now - path.stat().st_mtime > _SWEEP_AGE_S
+                old = now - path.stat().st_mtime > SWEEP_AGE_S
                 if old and path.stem not in known:
                     path.unlink()
                     removed += 1
         return removed
 
-    def _validate(self, artifact_id: str, source: _Tee) -> Stored:
-        try:
-            reader = ArtifactReader(source, self._keys)
-            for file in reader.files():
-                for _ in file:
-                    pass
-            source.drain()
-            if reader.payload_type is None:
-                raise RefusedError(422, "the artifact has no payload, so nothing can be deployed")
-        except ArtifactError as error:
-            raise RefusedError(422, f"not a valid artifact: {error}") from error
-        depends = {**reader.header_info.depends, **reader.type_info.depends}
-        return Stored(
-            id=artifact_id,
-            name=reader.artifact_name,
-            device_types=reader.header_info.device_types,
-            size=source.size,
-            sha256=source.digest.hexdigest(),
-            payload_type=reader.payload_type,
-            signed=reader.signed,
-            verified=reader.verified,
-            provides=reader.provides,
-            depends={key: list(values) for key, values in depends.items()},
-        )
+
+def validated(
+    artifact_id: str,
+    pull: Callable[[], bytes],
+    sink: Sink,
+    limit: int,
+    keys: Sequence[PublicKey],
+) -> Stored:
+    """Read an upload to its end, every byte into `sink` too, and return what it is.
+
+    Raises RefusedError: 413 over `limit` bytes, 422 for an invalid artifact.
+    """
+    source = _Tee(pull, sink, limit)
+    try:
+        reader = ArtifactReader(source, keys)
+        for file in reader.files():
+            for _ in file:
+                pass
+        source.drain()
+        if reader.payload_type is None:
+            raise RefusedError(422, "the artifact has no payload, so nothing can be deployed")
+    except ArtifactError as error:
+        raise RefusedError(422, f"not a valid artifact: {error}") from error
+    depends = {**reader.header_info.depends, **reader.type_info.depends}
+    return Stored(
+        id=artifact_id,
+        name=reader.artifact_name,
+        device_types=reader.header_info.device_types,
+        size=source.size,
+        sha256=source.digest.hexdigest(),
+        payload_type=reader.payload_type,
+        signed=reader.signed,
+        verified=reader.verified,
+        provides=reader.provides,
+        depends={key: list(values) for key, values in depends.items()},
+    )
 
 
 class _Tee:
-    """The upload as the artifact reader wants it; every byte is written to the file too."""
+    """The upload as the artifact reader wants it; every byte goes to the sink too."""
 
-    def __init__(self, pull: Callable[[], bytes], file: BinaryIO, limit: int) -> None:
+    def __init__(self, pull: Callable[[], bytes], sink: Sink, limit: int) -> None:
         self._pull = pull
-        self._file = file
+        self._sink = sink
         self._limit = limit
         self._pending = memoryview(b"")
         self.size = 0
@@ -163,7 +222,9 @@ class _Tee:
             self.digest.update(piece)
             view = memoryview(piece)
             while view:
-                view = view[self._file.write(view) :]
+                written = self._sink.write(view)
+                assert written
+                view = view[written:]
             self._pending = memoryview(piece)
         count = min(len(buffer), len(self._pending))
         buffer[:count] = self._pending[:count]
@@ -183,7 +244,7 @@ def publish(session: Session, stored: Stored, actor: str, now: float) -> str:
         Artifact(
             id=stored.id,
             name=stored.name,
-            file=f"{stored.id}{_SUFFIX}",
+            file=f"{stored.id}{SUFFIX}",
             size=stored.size,
             sha256=stored.sha256,
             payload_type=stored.payload_type,

@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +23,9 @@ from updater.server.errors import ServerError
 from updater.server.settings import SETTINGS_NAME, Settings
 
 _DATABASE = "server.db"
-_OWN_FILES = (SETTINGS_NAME, "ca.pem", "ca.key", "server.pem", "server.key", "secret.key")
+_OWN_FILES = (
+    SETTINGS_NAME, "ca.pem", "ca.key", "server.pem", "server.key", "secret.key", "s3.key", "s3.pem",
+)  # fmt: skip
 
 
 def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> None:
@@ -36,7 +39,8 @@ def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> Non
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".backup.") as name:
             copy = Path(name) / _DATABASE
             _copy_database(source, copy)
-            wanted = _artifact_files(copy)
+            # A bucket is copied by its own tools.
+            wanted = [] if settings.bucket else _artifact_files(copy)
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
                 tar.add(copy, _DATABASE)
@@ -60,6 +64,8 @@ def back_up(settings: Settings, output: Path, say: Callable[[str], None]) -> Non
     finally:
         part.unlink(missing_ok=True)
     say(f"{output}: the database and {len(wanted)} artifacts")
+    if settings.bucket:
+        say(f"the artifacts stay in s3://{settings.bucket.name}/{settings.bucket.prefix}")
 
 
 def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
@@ -82,8 +88,12 @@ def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
             (verdict,) = connection.execute("PRAGMA integrity_check").fetchone()
         if verdict != "ok":
             raise ServerError(f"{backup}: its database is damaged: {verdict}")
+        settings = tomllib.loads((part / SETTINGS_NAME).read_text())
+        in_bucket = str(settings.get("artifacts", "")).startswith("s3:")
         missing = [
-            name for name in _artifact_files(database) if not (part / "artifacts" / name).is_file()
+            name
+            for name in ([] if in_bucket else _artifact_files(database))
+            if not (part / "artifacts" / name).is_file()
         ]
         for path in part.rglob("*"):
             if path.is_file():
@@ -92,7 +102,7 @@ def restore(backup: Path, folder: Path, say: Callable[[str], None]) -> None:
             folder.rmdir()
         part.rename(folder)
         _sync(folder.parent)
-    except (OSError, tarfile.TarError, sqlite3.Error) as error:
+    except (OSError, ValueError, tarfile.TarError, sqlite3.Error) as error:
         raise ServerError(f"{backup}: cannot be restored: {error}") from error
     for name in missing:
         say(f"{name} is not in the backup: it was deleted while that was made")

@@ -1,13 +1,11 @@
 """`updater server …`: make, run and look after a server; manage a fleet through its API.
 
-Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. The commands that manage (devices,
-artifacts, deployments) speak the management API over TLS, with the token in --token-file or
-$UPDATER_SERVER_TOKEN; the others work on a server's folder.
+Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted. The commands that manage a fleet
+(`fleet_cli.py`) speak the management API over TLS; the others work on a server's folder.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import click
 
 from updater.server.errors import RefusedError, ServerError
+from updater.server.fleet_cli import fleet
 
 # What QEMU's user network calls the host (QEMU's manual, "Network emulation").
 _QEMU_HOST = "10.0.2.2"
@@ -70,7 +69,10 @@ def init(
     click.echo(f"SHA-256 fingerprint: {made.fingerprint}")
     click.echo(f"\nTo connect a device:\n\n{made.device_configuration}", nl=False)
     if _QEMU_HOST in names:
-        click.echo(f"\nA QEMU guest with user networking calls this host {_QEMU_HOST}.")
+        from updater.server.setup import qemu_device  # noqa: PLC0415
+
+        authority = (folder / "ca.pem").read_text()
+        click.echo(f"\n{qemu_device(authority, _QEMU_HOST, port)}", nl=False)
 
 
 @server.command()
@@ -231,216 +233,7 @@ def simulate(
         raise ServerError(f"{sum(figures.errors.values())} requests failed")
 
 
-class _Api:
-    """The management API of one server."""
-
-    def __init__(self, url: str, ca: Path | None, token: str) -> None:
-        import ssl  # noqa: PLC0415
-
-        import httpx  # noqa: PLC0415
-
-        try:
-            context = ssl.create_default_context(cafile=str(ca) if ca else None)
-        except OSError as error:
-            raise ServerError(f"{ca}: not a usable authority: {error}") from error
-        self._client = httpx.Client(
-            base_url=url,
-            verify=context,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(30.0, read=600.0),
-        )
-
-    def call(self, method: str, path: str, **kwargs: Any) -> Any:
-        import httpx  # noqa: PLC0415
-
-        try:
-            response = self._client.request(method, f"/api/management/v1{path}", **kwargs)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{self._client.base_url}: {error}") from error
-        if response.status_code >= 400:
-            try:
-                message = response.json()["error"]
-            except (ValueError, KeyError, TypeError):
-                message = f"HTTP {response.status_code}"
-            raise ServerError(str(message))
-        return response.json() if response.content else None
-
-
-@server.group()
-@click.option("--url", envvar="UPDATER_SERVER_URL", default="https://localhost:8443")
-@click.option("--ca", envvar="UPDATER_SERVER_CA", type=click.Path(path_type=Path))
-@click.option("--token-file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--token", envvar="UPDATER_SERVER_TOKEN", default="", hidden=True)
-@click.pass_context
-def fleet(
-    context: click.Context, url: str, ca: Path | None, token_file: Path | None, token: str
-) -> None:
-    """Manage devices, artifacts and deployments of a running server."""
-    secret = token_file.read_text().strip() if token_file else token
-    if not secret:
-        raise ServerError("no token: give --token-file or set UPDATER_SERVER_TOKEN")
-    context.obj = _Api(url, ca, secret)
-
-
-def _print(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-@fleet.command("devices")
-@click.option("--status", type=click.Choice(["pending", "accepted", "rejected", "preauthorized"]))
-@click.option("--where", multiple=True, metavar="NAME=VALUE", help="Inventory must match.")
-@click.pass_obj
-def devices(api: _Api, status: str | None, where: tuple[str, ...]) -> None:
-    """List devices as JSON."""
-    conditions = []
-    for text in where:
-        attribute, equals, value = text.partition("=")
-        if not equals:
-            raise ServerError(f"--where {text}: write NAME=VALUE")
-        conditions.append({"attribute": attribute, "operator": "=", "values": [value]})
-    if status:
-        conditions.append({"attribute": "status", "operator": "=", "values": [status]})
-    found: list[Any] = []
-    after: str | None = ""
-    while after is not None:
-        page = api.call(
-            "POST", "/devices/search", params={"after": after, "limit": 500}, json=conditions
-        )
-        found += page["devices"]
-        after = page["next"]
-    _print(found)
-
-
-@fleet.command("accept")
-@click.argument("device_ids", nargs=-1, required=True)
-@click.pass_obj
-def accept(api: _Api, device_ids: tuple[str, ...]) -> None:
-    """Accept pending devices."""
-    for device_id in device_ids:
-        api.call("POST", f"/devices/{device_id}/accept")
-
-
-@fleet.command("reject")
-@click.argument("device_ids", nargs=-1, required=True)
-@click.pass_obj
-def reject(api: _Api, device_ids: tuple[str, ...]) -> None:
-    """Reject devices; their tokens stop at once."""
-    for device_id in device_ids:
-        api.call("POST", f"/devices/{device_id}/reject")
-
-
-@fleet.command("decommission")
-@click.argument("device_ids", nargs=-1, required=True)
-@click.pass_obj
-def decommission(api: _Api, device_ids: tuple[str, ...]) -> None:
-    """Forget devices."""
-    for device_id in device_ids:
-        api.call("DELETE", f"/devices/{device_id}")
-
-
-@fleet.command("upload")
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.pass_obj
-def upload(api: _Api, file: Path) -> None:
-    """Upload an artifact; prints its id."""
-    from rich.progress import open as open_with_progress  # noqa: PLC0415
-
-    size = file.stat().st_size
-    with open_with_progress(file, "rb", description=file.name, transient=True) as source:
-        made = api.call(
-            "POST",
-            "/artifacts",
-            content=iter(lambda: source.read(1 << 20), b""),
-            headers={"Content-Type": "application/octet-stream", "Content-Length": str(size)},
-        )
-    click.echo(made["id"])
-
-
-@fleet.command("deploy")
-@click.argument("artifact_name")
-@click.option("--name", help="Default: the artifact's name.")
-@click.option("--device", "device_ids", multiple=True)
-@click.option("--group")
-@click.option("--all", "everything", is_flag=True)
-@click.option("--phase", "phases", multiple=True, metavar="10%|5", help="Size of a phase; repeat.")
-@click.option("--max-failures", type=click.FloatRange(0, 100), default=100.0, metavar="PERCENT")
-@click.option("--retries", type=click.IntRange(0, 20), default=0)
-@click.pass_obj
-def deploy(
-    api: _Api,
-    artifact_name: str,
-    name: str | None,
-    device_ids: tuple[str, ...],
-    group: str | None,
-    everything: bool,
-    phases: tuple[str, ...],
-    max_failures: float,
-    retries: int,
-) -> None:
-    """Deploy an artifact; prints the deployment's id."""
-    target: dict[str, Any] = {}
-    if device_ids:
-        target["devices"] = list(device_ids)
-    if group:
-        target["group"] = group
-    if everything:
-        target["all"] = True
-    rules: list[dict[str, Any]] = []
-    for text in phases:
-        number = text.removesuffix("%")
-        try:
-            rules.append(
-                {"percent": float(number)} if text.endswith("%") else {"count": int(number)}
-            )
-        except ValueError as error:
-            raise ServerError(f"--phase {text}: write 10% or 5") from error
-    made = api.call(
-        "POST",
-        "/deployments",
-        json={
-            "name": name or artifact_name,
-            "artifact_name": artifact_name,
-            "target": target,
-            "phases": [*rules, {}],
-            "max_failure_percent": max_failures,
-            "retries": retries,
-        },
-    )
-    click.echo(made["id"])
-
-
-@fleet.command("deployment")
-@click.argument("deployment_id")
-@click.pass_obj
-def deployment(api: _Api, deployment_id: str) -> None:
-    """Show a deployment as JSON."""
-    _print(api.call("GET", f"/deployments/{deployment_id}"))
-
-
-@fleet.command("abort")
-@click.argument("deployment_id")
-@click.pass_obj
-def abort(api: _Api, deployment_id: str) -> None:
-    """Abort a deployment."""
-    api.call("POST", f"/deployments/{deployment_id}/abort")
-
-
-@fleet.command("log")
-@click.argument("deployment_id")
-@click.argument("device_id")
-@click.pass_obj
-def log(api: _Api, deployment_id: str, device_id: str) -> None:
-    """Print the log that a device sent."""
-    found = api.call("GET", f"/deployments/{deployment_id}/devices/{device_id}/log")
-    for message in found["messages"]:
-        click.echo(f"{message['timestamp']} {message['level']:7} {message['message']}")
-
-
-@fleet.command("audit")
-@click.pass_obj
-def audit(api: _Api) -> None:
-    """Show the latest changes as JSON."""
-    _print(api.call("GET", "/audit"))
+server.add_command(fleet)
 
 
 def main(arguments: list[str], *, verbose: bool = False) -> int:

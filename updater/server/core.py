@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from updater.artifact import ArtifactError
-from updater.artifact.signature import load_public_key
-from updater.server.artifacts import ArtifactStore
+from updater.artifact.signature import PublicKey, load_public_key
+from updater.server.artifacts import ArtifactStore, Store
 from updater.server.database import Database
 from updater.server.errors import ServerError
 from updater.server.metrics import Metrics
 from updater.server.models import new_id
+from updater.server.objects import ObjectStore
 from updater.server.settings import Settings
 from updater.server.tokens import Signer
 
@@ -30,7 +31,7 @@ class Core:
 
     settings: Settings
     database: Database
-    store: ArtifactStore
+    store: Store
     signer: Signer
     clock: Callable[[], float] = time.time
     metrics: Metrics = field(default_factory=Metrics)
@@ -54,10 +55,18 @@ def open_core(settings: Settings, clock: Callable[[], float] = time.time) -> Cor
     return Core(
         settings,
         Database(settings.database_url),
-        ArtifactStore(settings.artifacts, keys),
+        _open_store(settings, keys),
         Signer(settings.secret),
         clock,
     )
+
+
+def _open_store(settings: Settings, keys: list[PublicKey]) -> Store:
+    if settings.bucket is None:
+        return ArtifactStore(settings.artifacts, keys)
+    store = ObjectStore(settings.bucket, keys)
+    store.check()
+    return store
 
 
 async def core_of(request: Request) -> Core:

@@ -7,11 +7,14 @@ says on every request whether its key still counts, so a rejected device is out 
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from updater.server import deployments, fleet
@@ -23,6 +26,7 @@ from updater.server.rollout import REPORTABLE, Status
 router = APIRouter(prefix="/api/devices")
 ARTIFACT_TYPE = "application/vnd.mender-artifact"
 MIN_ARTIFACT_BYTES = 4096
+_RANGE = re.compile(r"^bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*$", re.ASCII)
 _MAX_ATTRIBUTES = 512
 _MAX_MESSAGES = 100_000
 
@@ -318,6 +322,7 @@ async def put_log(
     tags=["device"],
 )
 async def download(
+    request: Request,
     artifact_id: Identifier,
     core: Shared,
     expires: Annotated[int, Query(ge=0, le=1 << 53)],
@@ -326,18 +331,67 @@ async def download(
     """Send an artifact by its signed link, whole or in ranges (RFC 9110, section 14)."""
     if not core.signer.check_link(artifact_id, expires, signature, core.clock()):
         raise RefusedError(403, "this link is not ours, or its time is over")
+    # The artifact's id is its identity and it never changes, so it is the strong validator.
+    headers = {"ETag": f'"{artifact_id}"', "Cache-Control": "private, immutable"}
     path = core.store.path(artifact_id)
+    if path is None:
+        return await _from_store(request, core, artifact_id, headers)
     try:
         stat = path.stat()
     except OSError:
         raise not_found("artifact", artifact_id) from None
-    # The file's name is its identity and it never changes, so it is the strong validator.
-    return FileResponse(
-        path,
-        media_type=ARTIFACT_TYPE,
-        headers={"ETag": f'"{artifact_id}"', "Cache-Control": "private, immutable"},
-        stat_result=stat,
+    return FileResponse(path, media_type=ARTIFACT_TYPE, headers=headers, stat_result=stat)
+
+
+async def _from_store(
+    request: Request, core: Core, artifact_id: str, headers: dict[str, str]
+) -> Response:
+    """Answer a download from a store that is no folder, as `FileResponse` does from one."""
+    size = await asyncio.to_thread(core.store.size, artifact_id)
+    if size is None:
+        raise not_found("artifact", artifact_id)
+    headers["Accept-Ranges"] = "bytes"
+    asked = request.headers.get("range", "")
+    if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
+        asked = ""
+    try:
+        part = parse_range(asked, size)
+    except ValueError:
+        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+    start, end = part or (0, size)
+    if part:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    headers["Content-Length"] = str(end - start)
+    status = 206 if part else 200
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=ARTIFACT_TYPE)
+    pieces = core.store.read(artifact_id, start, end - start)
+    # The first piece before the headers: a store that does not answer is still an error then.
+    first = await asyncio.to_thread(next, pieces, b"")
+    return StreamingResponse(
+        itertools.chain((first,), pieces), status, headers, media_type=ARTIFACT_TYPE
     )
+
+
+def parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """Read a `Range` header: first byte and the one after the last, or None for the whole.
+
+    As RFC 9110, section 14.2, lets a server: units that it doesn't know, what it can't read and
+    more than one range mean the whole. Raises ValueError for a range outside of `size` bytes.
+    """
+    match = _RANGE.match(header)
+    if match is None or match[1] == match[2] == "":
+        return None
+    if match[1] == "":
+        start, end = max(size - int(match[2]), 0), size
+    else:
+        start = int(match[1])
+        end = min(int(match[2]) + 1, size) if match[2] else size
+        if match[2] and int(match[2]) < start:
+            return None
+    if start >= end:
+        raise ValueError(f"no byte of {size} is in {header!r}")
+    return start, end
 
 
 def _iso(seconds: float) -> str:

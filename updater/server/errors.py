@@ -27,6 +27,12 @@ def conflict(message: str) -> RefusedError:
     return RefusedError(409, message)
 
 
+def require_plain(what: str, name: str) -> None:
+    """Refuse a name that could not stand in an address. Raises RefusedError(422)."""
+    if "/" in name or name in (".", ".."):
+        raise invalid(f"the name of a {what} can't be {name!r}: no slash, not a dot or two alone")
+
+
 def invalid(message: str) -> RefusedError:
     """Return a 422: well-formed, but not possible."""
     return RefusedError(422, message)

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, bindparam, delete, exists, func, select, t
 from sqlalchemy.orm import Session
 
 from updater.server.audit import record
-from updater.server.errors import RefusedError, conflict, invalid, not_found
+from updater.server.errors import RefusedError, conflict, invalid, not_found, require_plain
 from updater.server.identity import Identity, Key
 from updater.server.models import (
     Assignment,
@@ -287,6 +287,7 @@ def create_group(
     session: Session, name: str, conditions: list[Condition] | None, actor: str, now: float
 ) -> str:
     """Make a group: static without conditions, dynamic with them. Return its id."""
+    require_plain("group", name)
     if session.scalar(select(DeviceGroup.id).where(DeviceGroup.name == name)):
         raise conflict(f"a group named {name!r} exists")
     stored = None

@@ -68,6 +68,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if unread and self.transport.is_closing():
             self.loop.call_later(_LAST_WORD_S, self.transport.abort)
 
+    def shutdown(self) -> None:
+        """End an idle connection when the server stops.
+
+        An idle client doesn't read TLS's farewell, so waiting for its answer would use up the whole
+        grace period.
+        """
+        super().shutdown()
+        if self.transport.is_closing():
+            self.loop.call_later(_LAST_WORD_S, self.transport.abort)
+
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > MAX_HEADER_BYTES:

@@ -31,10 +31,17 @@ key = "server.key"
 # Only artifacts that one of these public keys signed are taken; none: signatures aren't looked at.
 artifact_keys = [{artifact_keys}]
 # For PostgreSQL: database_url = "postgresql://user@host/name"
+# For an S3-compatible store; the bucket must exist, and s3.key be readable by the server alone:
+# artifacts = "s3://bucket/prefix"
+# s3_endpoint = "https://s3.example.com"
+# s3_region = "us-east-1"
+# s3_access_key = "KEY"
+# s3_secret = "s3.key"
+# s3_ca = "s3.pem"    # if the system doesn't know its authority
 """
 
 _DEVICE = """\
-# Brownout's own client: add to /etc/updater/updater.toml
+# Brownout's own client: set this in /etc/updater/updater.toml
 [server]
 url = "{url}"
 [tls]
@@ -43,6 +50,41 @@ ca_file = "/etc/updater/server-ca.pem"      # a copy of {ca}
 # Mender's client: /etc/mender/mender.conf
 {{"ServerURL": "{url}", "ServerCertificate": "/etc/mender/server-ca.pem"}}
 """
+
+
+_QEMU = """\
+A QEMU device of this project calls this host {host}. In another terminal:
+
+    make device
+
+and at its prompt, pasted as it is (it restarts, and calls here from then on):
+
+mkdir -p /data/etc
+cat > /data/etc/server-ca.pem <<'END'
+{ca}END
+{{ sed 's|^ca_file = .*|ca_file = "/data/etc/server-ca.pem"|' /etc/updater/updater.toml; cat <<'END'
+[server]
+url = "https://{host}:{port}"
+poll_s = 5
+retry_s = 5
+reboot_command = ["reboot", "-f"]
+END
+}} > /data/etc/updater.toml
+sync; reboot -f
+
+Then accept it on the web page. An update for it:
+
+    .venv/bin/python -m images build qemu-arm64 --variant v2
+    .venv/bin/updater artifact write rootfs-image -f build/qemu-arm64/rootfs-v2.img -n v2 \\
+        -t qemu-arm64 -k build/keys/artifact.key -o build/v2.mender
+
+uploaded and deployed on the web page.
+"""
+
+
+def qemu_device(ca: str, host: str, port: int) -> str:
+    """How to connect a QEMU device that knows this host as `host`; `ca` is the authority's PEM."""
+    return _QEMU.format(ca=ca, host=host, port=port)
 
 
 class Made(NamedTuple):

@@ -276,13 +276,21 @@ def assignments(
 def log(session: Session, deployment_id: str, device_id: str) -> dict[str, Any]:
     """Return a device's log for a deployment."""
     row = session.execute(
-        select(DeploymentLog)
+        select(DeploymentLog, Device.identity, Deployment.name)
         .join(Assignment, Assignment.id == DeploymentLog.assignment_id)
+        .join(Deployment, Deployment.id == Assignment.deployment_id)
+        .outerjoin(Device, Device.id == Assignment.device_id)
         .where(Assignment.deployment_id == deployment_id, Assignment.device_id == device_id)
-    ).scalar()
+    ).first()
     if row is None:
         raise not_found("log", deployment_id)
-    return {"received_at": iso(row.received_at), "messages": json.loads(row.messages)}
+    found, identity, name = row
+    return {
+        "received_at": iso(found.received_at),
+        "messages": json.loads(found.messages),
+        "identity": json.loads(identity) if identity else None,
+        "deployment": name,
+    }
 
 
 def group_names(session: Session) -> list[str]:
