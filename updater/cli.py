@@ -54,7 +54,6 @@ def main(
     from updater.device.errors import (  # noqa: PLC0415
         InterruptedBySignal,
         NothingInProgressError,
-        UpdaterError,
     )
     from updater.device.signals import install_handlers  # noqa: PLC0415
 
@@ -94,17 +93,9 @@ def main(
             import traceback  # noqa: PLC0415
 
             traceback.print_exc()
+        from updater.device.command import last_word  # noqa: PLC0415
+
         return last_word(error)
-
-
-def last_word(error: Exception | InterruptedBySignal) -> int:
-    """Say in one line what ended the command; return its exit code."""
-    if isinstance(error, InterruptedBySignal):
-        say(f"error: {error}; nothing is lost, run the command again")
-        return error.exit_code
-    known = isinstance(error, UpdaterError) or type(error).__module__.startswith("updater.")
-    say(f"error: {error}" if known else f"error: internal: {type(error).__name__}: {error}")
-    return EXIT_NOTHING_IN_PROGRESS if isinstance(error, NothingInProgressError) else EXIT_ERROR
 
 
 def _on_device(
@@ -113,13 +104,9 @@ def _on_device(
     compose: Callable[[Config], Client],
     options: argparse.Namespace | None = None,
 ) -> int:
+    from updater.device.command import operate  # noqa: PLC0415
     from updater.device.config import load_config  # noqa: PLC0415
-    from updater.device.console import say  # noqa: PLC0415
-    from updater.device.errors import (  # noqa: PLC0415
-        BusyError,
-        NothingInProgressError,
-        UpdaterError,
-    )
+    from updater.device.errors import BusyError, NothingInProgressError  # noqa: PLC0415
 
     config = load_config(config_path)
     if verb == "daemon":
@@ -141,20 +128,6 @@ def _on_device(
     if verb == "install" and options is not None and options.reboot_exit_code:
         return EXIT_REBOOT_NEEDED
     return code
-
-
-def operate(client: Client, verb: str, source: str = "") -> int:
-    """Let the client do `verb` (install, resume, commit or rollback); return the exit code."""
-    try:
-        if verb == "install":
-            client.install(source)
-            return EXIT_OK
-        getattr(client, verb)()
-    except UpdaterError as error:
-        if not client.reboot_needed:
-            raise
-        say(f"error: {error}")
-    return EXIT_REBOOT_NEEDED if client.reboot_needed else EXIT_OK
 
 
 def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) -> int:

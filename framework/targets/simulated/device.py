@@ -33,9 +33,9 @@ from framework.targets.simulated.filesystem import (
     FileSystemError,
     format_region,
 )
-from updater.cli import EXIT_ERROR, EXIT_OK, EXIT_REBOOT_NEEDED, last_word, operate
 from updater.device import console
 from updater.device.client import Client, Ports
+from updater.device.command import EXIT_REBOOT_NEEDED, last_word, operate
 from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
 from updater.device.errors import (
     BootEnvError,
@@ -517,8 +517,6 @@ class _Reboot:
 
 __all__ = [
     "BEHAVIOURS",
-    "EXIT_ERROR",
-    "EXIT_OK",
     "Command",
     "ImageFile",
     "SimulatedDevice",
