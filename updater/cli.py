@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from updater.device.scripts import ScriptRunner
 
 EXIT_OK = 0
-EXIT_ERROR = 1
-EXIT_NOTHING_IN_PROGRESS = 2
 EXIT_REBOOT_NEEDED = 4
 
 _EPILOG = """\
