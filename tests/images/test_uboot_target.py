@@ -153,7 +153,7 @@ def test_an_update_by_the_client_is_tried_committed_and_stays(board: Board, tmp_
     )
     with served(tmp_path) as port, board.on() as child:
         assert board.ready(child) == ("v1", "a")
-        assert "mmcblk0 0x100000 0x4000" in say(child, "cat /etc/fw_env.config")
+        assert "mmcblk0 0x400000 0x4000" in say(child, "cat /etc/fw_env.config")
         fetched = say(child, f"wget -q -O /data/v2 http://10.0.2.2:{port}/v2.mender; echo $?")
         assert fetched.strip() == "0"
         child.sendline("updater install /data/v2")

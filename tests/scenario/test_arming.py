@@ -179,6 +179,7 @@ def faults(bench: Bench, server: tuple[str, int], tmp_path: Path) -> Iterator[Fa
         data=DATA,
         environment=(ENV_1, ENV_2),
         environment_paths=(),
+        data_repair=None,
         images={"v2": image},
         disks={},
         firmware={},

@@ -6,6 +6,7 @@ what the strategy is for.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -24,7 +25,6 @@ from framework.targets.rig import load_rig
 from framework.targets.strategy import BootFailure, Fate, SlotStrategy, judge_silence
 
 RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
-SLOT_B = 130 << 20  # where the passive slot begins; see the image's manifest
 BLOCK = 4096
 
 emulated = pytest.mark.emulated
@@ -50,6 +50,14 @@ def slots() -> Iterator[SlotStrategy]:
     yield strategy
     environment.cleanup()
     strategy.power.close()
+
+
+@pytest.fixture(scope="module")
+def slot_b(slots: SlotStrategy) -> int:
+    """Where the passive slot begins, in bytes."""
+    manifest = json.loads((RIG.parents[1] / "build/qemu-arm64/manifest.json").read_text())
+    partitions = {p["name"]: p for p in manifest["layout"]["partitions"]}
+    return int(partitions["rootfs-b"]["offset"])
 
 
 @pytest.fixture
@@ -91,7 +99,9 @@ def test_the_bootloader_can_be_reached_although_its_countdown_is_zero(
 @emulated
 @slow
 @pytest.mark.parametrize("number", [1, *random.Random(20).sample(range(2, 240), 3)])
-def test_a_live_cut_at_operation_n_leaves_n_minus_one(slots: SlotStrategy, number: int) -> None:
+def test_a_live_cut_at_operation_n_leaves_n_minus_one(
+    slots: SlotStrategy, slot_b: int, number: int
+) -> None:
     slots.transition("off")
     slots.power.fresh()
     slots.transition("ready")
@@ -106,13 +116,13 @@ def test_a_live_cut_at_operation_n_leaves_n_minus_one(slots: SlotStrategy, numbe
     operations = JournalReader(driver.recorder.journal_path).operations
     assert len(operations.kind) == before + number - 1
     changed = [
-        (int(offset) - SLOT_B) // BLOCK
+        (int(offset) - slot_b) // BLOCK
         for kind, offset in zip(operations.kind, operations.offset, strict=True)
-        if Kind(int(kind)) is Kind.WRITE and SLOT_B <= offset < SLOT_B + 250 * BLOCK
+        if Kind(int(kind)) is Kind.WRITE and slot_b <= offset < slot_b + 250 * BLOCK
     ]
     assert len(changed) >= number - 1 - 4, "little else may write meanwhile"
     with driver.recorder.disk("vda") as disk:
-        content = disk.read(SLOT_B, 250 * BLOCK)
+        content = disk.read(slot_b, 250 * BLOCK)
     assert [content[block * BLOCK] for block in range(250)] == [
         block + 1 if block in changed else 0 for block in range(250)
     ]
