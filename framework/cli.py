@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 
 from framework.campaign import BundleError, read_bundle
+from framework.campaign.models import CACHE_MODELS
 from framework.campaign.replay import replay as run_replay
 from framework.demo import DemoError, run_demo
 from framework.disk import MODELS, DiskError
@@ -32,8 +33,6 @@ from framework.explorer import (
 from framework.report import ResultError, ResultStore, write_report
 from framework.scenario.bench import BenchError
 from framework.targets.errors import InfrastructureError, RigError, SimulationError
-
-CACHE_MODELS = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
 
 EXIT_NOT_HELD = 1
 EXIT_UNUSABLE = 2

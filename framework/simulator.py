@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from framework.campaign.lifetimes import CACHE_MODELS, Fault, Schedule, live
+from framework.campaign.lifetimes import Fault, Schedule, live
+from framework.campaign.models import CACHE_MODELS
 from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
 from framework.targets.errors import SimulationError
 from framework.targets.simulated.laboratory import Laboratory

@@ -55,9 +55,6 @@ from framework.verdict import (
 RECOVERIES: Final = 40
 """Power cuts that one lifetime may have; a schedule has fewer."""
 
-CACHE_MODELS: Final = ("kept", "prefix", "subset", "reordered", "torn", "torn:4096")
-"""The models that an updater must survive; a drive that lies is none of them."""
-
 KERNELS: Final = 2
 """Kernels that one start may take: the trial, and after it the system that was there before."""
 

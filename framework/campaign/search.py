@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from framework.campaign.lifetimes import (
-    CACHE_MODELS,
     DRIVE_FAULTS,
     NETWORK_FAULTS,
     Fault,
@@ -28,6 +27,7 @@ from framework.campaign.lifetimes import (
     Schedule,
     live,
 )
+from framework.campaign.models import CACHE_MODELS
 from framework.targets.simulated.laboratory import Laboratory
 
 BATCH: Final = 250

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_bugs import BUGS
 
-from framework.campaign.lifetimes import CACHE_MODELS, Fault, Schedule, live
+from framework.campaign.lifetimes import Fault, Schedule, live
+from framework.campaign.models import CACHE_MODELS
 from framework.campaign.search import batch, draw, shrink, singles
 from framework.cli import cli
 from framework.disk.models import model_from

@@ -62,7 +62,6 @@ STARTS_LIMIT: Final = 6
 """Kernel starts that one start of the device may take; more is a reboot loop."""
 
 _IMAGE_MAGIC: Final = b"SIMIMAGE"
-BEHAVIOURS: Final = ("well", "panics", "hangs", "unhealthy")
 SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
 
 
@@ -513,15 +512,3 @@ class _Health:
 class _Reboot:
     def request(self) -> None:
         return
-
-
-__all__ = [
-    "BEHAVIOURS",
-    "Command",
-    "ImageFile",
-    "SimulatedDevice",
-    "Start",
-    "Surroundings",
-    "make_image",
-    "read_head",
-]

@@ -74,9 +74,6 @@ class Drive:
         self.plan: Plan = plan or NoPlan()
         self.off = False
         self.operations = 0
-        self.power_cycle = 0
-        self.steps: list[Step] = []
-        self.keep_steps = False
         # What the device reads: medium and cache together.
         self._current = bytearray(content)
         # What a power cut leaves: `_durable`, plus what the model keeps of `_open`. All of it is
@@ -86,7 +83,6 @@ class Drive:
         self._cycle: list[tuple[Step, bytes]] = []
         self._closed = 0
         self._unreadable: set[int] = set()
-        self.last_decision = Decision()
 
     @property
     def size_bytes(self) -> int:
@@ -114,8 +110,6 @@ class Drive:
         self.operations += 1
         step = Step(self.operations, Kind.WRITE, offset, length)
         action = self.plan.at(step)
-        if self.keep_steps:
-            self.steps.append(step)
         if action == "error":
             raise DriveError(5, f"write failed at byte {offset}")
         content = bytes(data)
@@ -138,8 +132,6 @@ class Drive:
         self.operations += 1
         step = Step(self.operations, Kind.FLUSH, 0, 0)
         action = self.plan.at(step)
-        if self.keep_steps:
-            self.steps.append(step)
         if action == "error":
             raise DriveError(5, "flush failed")
         if action == "cut":
@@ -149,21 +141,9 @@ class Drive:
         self._cycle.append((step, b""))
         self._closed = len(self._cycle)
 
-    def power_off(self, model: CacheModel, seed: int) -> None:
-        """Cut the power between two operations."""
-        self.plan = _Now(model, seed)
-        try:
-            self._lose_power(in_flight=False)
-        except PowerLost:
-            self.plan = NoPlan()
-
     def power_on(self) -> None:
-        """Give the power back: a new power cycle begins on what the cut left."""
-        if not self.off:
-            # An orderly restart: nothing was lost, and the drive's cache lives on.
-            return
+        """Give the power back. Without a cut before it, the drive's cache lives on."""
         self.off = False
-        self.power_cycle += 1
 
     def _lose_power(self, *, in_flight: bool) -> None:
         model, seed = self.plan.cut
@@ -177,7 +157,6 @@ class Drive:
             # What the flushes covered is decided on again, so it is taken back first.
             self._durable[:] = self._start
         self._apply(self._durable, given, decision)
-        self.last_decision = decision
         self._current[:] = self._durable
         self._start = bytes(self._durable)
         self._cycle.clear()
@@ -217,14 +196,3 @@ class Drive:
         for hole in decision.unreadable:
             first = hole.offset // SECTOR
             self._unreadable.update(range(first, first + hole.length // SECTOR))
-
-
-class _Now:
-    """The plan of a cut that happens now."""
-
-    def __init__(self, model: CacheModel, seed: int) -> None:
-        self.cut = (model, seed)
-
-    def at(self, step: Step) -> Action:
-        """Return no action: the cut is made by hand."""
-        return ""

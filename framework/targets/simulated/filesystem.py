@@ -109,11 +109,6 @@ class FileSystem:
         self._powered()
         return name in self._files
 
-    def names(self) -> list[str]:
-        """Return all files' names."""
-        self._powered()
-        return sorted(self._files)
-
     def create(self, name: str) -> None:
         """Make an empty file; durable with its first sync."""
         self._powered()
