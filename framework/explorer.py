@@ -28,7 +28,7 @@ from rich.table import Table
 from framework.disk import MODELS, CacheModel, JournalReader, Kind, model_from
 from framework.disk.dmlogwrites import export_log, import_log
 from framework.explore.bundle import BundleError, open_state, read_bundle, write_bundle
-from framework.explore.deep import Deeper, DeepViolation, Retry
+from framework.explore.deep import Deeper, DeepResult, DeepViolation, Retry
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
 from framework.explore.judges.context import Context, ContextError
@@ -173,8 +173,12 @@ def models_for(wish: Wish, facts: Mapping[str, Any]) -> tuple[CacheModel, ...]:
     """The models that were asked for; all that make sense of a recording if none were named."""
     if wish.models:
         return wish.models
-    names = ALL_ON_CARD if "sd" in facts.get("interfaces", {}).values() else ALL
+    names = ALL_ON_CARD if _on_card(facts) else ALL
     return tuple(model_from(name) for name in names)
+
+
+def _on_card(facts: Mapping[str, Any]) -> bool:
+    return "sd" in facts.get("interfaces", {}).values()
 
 
 def machine_of(facts: Mapping[str, Any], rig: Path | None) -> Machine:
@@ -292,7 +296,7 @@ def _explore_one(
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
         if wish.bounds.deep:
             retries = stack.enter_context(serve_retries(facts, rig))
-            examiner.deeper = Deeper(retries=retries)
+            examiner.deeper = Deeper(_models_below(facts), retries=retries)
         for models in _by_honesty(models_for(wish, facts)):
             exploration = examiner.explore(
                 models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
@@ -305,11 +309,26 @@ def _explore_one(
     return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
 
 
-def blamed(run: Run, violation: Violation, wish: Wish) -> bool:
-    """Whether a violation counts: the device was honest, and it is no accepted finding."""
-    finding = (violation.state.model, violation.invariant)
+def _models_below(facts: Mapping[str, Any]) -> tuple[CacheModel, ...]:
+    """The cache models of the second cut."""
+    if _on_card(facts):
+        return tuple(model_from(name) for name in ALL_ON_CARD)
+    return Deeper().models
+
+
+def excuse(run: Run, violation: Violation | DeepViolation, wish: Wish) -> str:
+    """Why a violation doesn't count, to stand before its number; empty if it does."""
+    if isinstance(violation, DeepViolation):
+        model, at_rest = violation.second.model, False
+    else:
+        model, at_rest = violation.state.model, violation.at_rest
+    if model in DISHONEST:
+        return "with a lying device "
+    if at_rest:
+        return "with a medium that destroys data at rest "
+    finding = (model, violation.invariant)
     known = {(*finding, ""), (*finding, run.rig)} & wish.accepted
-    return run.honest and not known
+    return "accepted finding " if known else ""
 
 
 def _by_honesty(models: Sequence[CacheModel]) -> list[list[CacheModel]]:
@@ -343,6 +362,15 @@ def _leave_bundles(recording: Recording, runs: Sequence[Run], output: Path) -> l
                 deeper.recovery,
             )
             made.append(str(folder))
+    for run in runs:
+        for number, booted in enumerate(run.found.disagreements[:MAX_BUNDLES]):
+            name = f"disagreement-{booted.crash_class.key[:8]}-{number}"
+            why = {
+                "disagreement": booted.disagreement,
+                "class": str(booted.crash_class),
+                "state": str(booted.state),
+            }
+            made.append(str(write_bundle(output / name, recording, (booted.state,), why)))
     return made
 
 
@@ -382,9 +410,9 @@ def summary(
     """Everything that a script may want of an exploration, as plain values."""
     violations: dict[tuple[int, bool], int] = {}
     for run in runs:
-        told = [(v.invariant, blamed(run, v, wish)) for v in run.found.violations]
-        told += [(v.invariant, True) for result in run.found.deep for v in result.violations]
-        for key in told:
+        deep = (v for result in run.found.deep for v in result.violations)
+        for violation in itertools.chain[Violation | DeepViolation](run.found.violations, deep):
+            key = (violation.invariant, not excuse(run, violation, wish))
             violations[key] = violations.get(key, 0) + 1
     disagreements = [b for run in runs for b in run.found.disagreements]
     counts = [run.found.exploration.counts for run in runs]
@@ -430,8 +458,25 @@ def summary(
             for (invariant, counts_against), count in sorted(violations.items())
         ],
         "disagreements": [b.disagreement for b in disagreements],
+        "deep": [_deep_row(one, run, wish) for run in runs for one in run.found.deep],
         "bundles": bundles,
         "exit_code": code,
+    }
+
+
+def _deep_row(one: DeepResult, run: Run, wish: Wish) -> dict[str, Any]:
+    counts = one.exploration.counts
+    blamed = [v for v in one.violations if not excuse(run, v, wish)]
+    return {
+        "class": one.crash_class.key[:8],
+        "recovery": one.booted.did,
+        "retried": one.retried,
+        "states": counts.states,
+        "product_states": counts.product_states,
+        "classes": counts.classes,
+        "violations": len(blamed),
+        "excused": len(one.violations) - len(blamed),
+        "data_unchecked": one.unchecked,
     }
 
 
@@ -466,16 +511,31 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
             "" if row["per_hour"] is None else f"{row['per_hour']:,}",
         )
     console.print(table)
+    if result["deep"]:
+        console.print(_deep_table(result["deep"]))
     shown: set[tuple[int, str, str]] = set()
     for run, violation in _violations(runs):
         line = (violation.invariant, violation.evidence, violation.promised)
         if line in shown or len(shown) >= MAX_BUNDLES:
             continue
         shown.add(line)
-        blame = "[red]VIOLATION" if blamed(run, violation, wish) else f"[yellow]{_excuse(run)}"
+        why_not = excuse(run, violation, wish)
+        blame = f"[yellow]{why_not}" if why_not else "[red]VIOLATION"
         console.print(
             f"{blame}({violation.invariant})[/] {violation.promised}: {violation.evidence} "
             f"({violation.state.model}, judge {violation.judge})"
+        )
+    below = [(one, v) for one in runs for r in one.found.deep for v in r.violations]
+    for run, deeper in below:
+        line = (deeper.invariant, deeper.evidence, deeper.promised)
+        if line in shown or len(shown) >= 2 * MAX_BUNDLES:
+            continue
+        shown.add(line)
+        why_not = excuse(run, deeper, wish)
+        blame = f"[yellow]{why_not}" if why_not else "[red]VIOLATION"
+        console.print(
+            f"{blame}({deeper.invariant})[/] at depth two, {deeper.promised}: {deeper.evidence} "
+            f"({deeper.second.model})"
         )
     for text in result["disagreements"][:MAX_BUNDLES]:
         console.print(f"[magenta]DISAGREEMENT[/] {text}")
@@ -490,8 +550,23 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
     )
 
 
-def _excuse(run: Run) -> str:
-    return "accepted finding " if run.honest else "with a lying device "
+def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each recovery came to that was cut again."""
+    table = Table(title="Depth two: recoveries that were cut again")
+    for name in ("Class", "Recovery", "Tried again", "States", "By product", "Classes"):
+        table.add_column(name, justify="left" if name in ("Recovery", "Tried again") else "right")
+    for name in ("Violations", "Excused", "Data not checked"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["class"],
+            row["recovery"],
+            row["retried"],
+            f"{row['states']:,}",
+            short(row["product_states"]),
+            *(f"{row[key]:,}" for key in ("classes", "violations", "excused", "data_unchecked")),
+        )
+    return table
 
 
 def coverage_table(rows: Sequence[Coverage]) -> Table:
@@ -545,9 +620,8 @@ def _section(
     layout = Context.of(journal, recording.facts).layout
     told: dict[tuple[str, ...], None] = {}
     for run, violation in _violations(runs):
-        excuse = "" if blamed(run, violation, wish) else _excuse(run)
         text = (violation.promised, violation.evidence, violation.state.model, violation.judge)
-        told[(str(violation.invariant), *text, excuse)] = None
+        told[(str(violation.invariant), *text, excuse(run, violation, wish))] = None
     thin = max(1, len(table) // PICTURE_OPERATIONS)
     return ExplorationSection(
         title=recording.path.stem,
@@ -593,7 +667,7 @@ def _cut_points(journal: JournalReader, runs: Sequence[Run], wish: Wish) -> tupl
                 classes[span.first_operation] += 1
                 classes[min(span.last_operation, count) + 1] -= 1
     for run, violation in reversed(_violations(runs)):
-        verdict = "broken" if blamed(run, violation, wish) else "accepted"
+        verdict = "accepted" if excuse(run, violation, wish) else "broken"
         text = f"invariant {violation.invariant}, {violation.state.model}: {violation.evidence}"
         for number in range(
             violation.span.first_operation, min(violation.span.last_operation, count) + 1
@@ -643,7 +717,7 @@ def run_boot_state(
         Recording(recording or bundle.recording, bases) as opened,
         open_state(bundle, opened) as disks,
     ):
-        for key in ("invariant", "evidence", "power_fails", "state"):
+        for key in ("invariant", "evidence", "disagreement", "power_fails", "state"):
             if key in bundle.why:
                 console.print(f"{key.replace('_', ' ')}: {bundle.why[key]}", highlight=False)
         if export is not None:

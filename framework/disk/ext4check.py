@@ -55,9 +55,11 @@ class Ext4Check:
 class Repair:
     """How a device mends its data partition before it mounts it.
 
-    `e2fsck -p`, as every distribution does; if that leaves something, `e2fsck -y`; if that fails,
-    which it does without a superblock that can be read, the file system's first block is written
-    with zeros, and `e2fsck -y` begins with a copy of the superblock.
+    `e2fsck -y`; if that fails, which it does without a superblock that can be read, the file
+    system's first block is written with zeros, and `e2fsck -y` begins with a copy of the
+    superblock. Not the `e2fsck -p` that distributions run: where the group descriptors are damaged
+    it deletes the journal (1.47), and files that were synced are gone with it; `-y` takes a copy of
+    the descriptors and replays the journal.
 
     Attributes:
         block_bytes: the file system's block size.
@@ -134,20 +136,20 @@ class Ext4Image:
 
         Raises DiskError if e2fsck is missing or does not end.
         """
-        code, words = _e2fsck(self.path, "-fp" if repair is None else "-p")
+        code, words = _e2fsck(self.path, "-fp" if repair is None else "-y")
         replayed = "recovering journal" in words
-        mended = repair is not None and code >= _LEFT_UNCORRECTED
-        if repair is not None and mended:
-            code, more = self._mend(repair)
+        mended = repair is not None and code != 0
+        if repair is not None and code >= _LEFT_UNCORRECTED:
+            code, more = self._from_copies(repair, code)
             words += more
         if code >= _LEFT_UNCORRECTED:
             return False, replayed, words, mended
         code, more = _e2fsck(self.path, "-fn")
         return code == 0, replayed, words + more, mended
 
-    def _mend(self, repair: Repair) -> tuple[int, str]:
-        code, words = _e2fsck(self.path, "-y")
-        for backup in repair.backups if code >= _LEFT_UNCORRECTED else ():
+    def _from_copies(self, repair: Repair, code: int) -> tuple[int, str]:
+        words = ""
+        for backup in repair.backups:
             where = ("-b", str(backup), "-B", str(repair.block_bytes))
             if _e2fsck(self.path, "-n", *where)[0] >= _FAILED:
                 continue

@@ -33,6 +33,7 @@ from framework.explore.judges.data import DataJudge
 from framework.explore.judges.mount import Mounted, MountJudge
 from framework.explore.judges.static import StaticOracle, with_finding
 from framework.explore.layout import Role
+from framework.explore.rest import spared
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
 from framework.targets.machine import Machine
@@ -41,6 +42,8 @@ from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 
 WORKERS: Final = 2
 DEPTH_TWO: Final = "depth two"
+DATA_LIVES: Final = 5
+"""The invariant of the data partition, of which there is one copy."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,6 +62,8 @@ class Violation:
         span: when power has to fail.
         depth: 1, or 2 for a cut during the recovery from a cut.
         promised: the newest promise of the phase, in words.
+        at_rest: of invariant 5, whether the medium alone broke it: it destroyed data at rest, and
+            without that the data partition holds (`framework.explore.rest`).
     """
 
     invariant: int
@@ -70,6 +75,7 @@ class Violation:
     span: Span
     promised: str
     depth: int = 1
+    at_rest: bool = False
 
 
 @frozen
@@ -346,6 +352,7 @@ class _Work:
                 state=state,
                 span=span,
                 promised=timeline.describe(phase),
+                at_rest=f.invariant == DATA_LIVES and self._spared_holds(state, phase),
             )
             for f in verdict.findings
             if f.held is False and f.invariant not in told
@@ -353,6 +360,14 @@ class _Work:
         self.found.violations.extend(fresh)
         if known is None or fresh:
             self.found.verdicts[crash_class.key, phase] = verdict
+
+    def _spared_holds(self, state: CrashState, phase: int) -> bool:
+        """Whether the data partition holds on a medium that spares data at rest."""
+        gentler = spared(self.examiner.context.journal, state)
+        if gentler is None:
+            return False
+        said = self.data.said(self.data.look(gentler), phase)
+        return said.clean and said.intact
 
     def spread(self, classes: Sequence[CrashClass]) -> list[CrashClass]:
         """All classes, so ordered that a beginning of the list tells the most.

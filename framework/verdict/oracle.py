@@ -2,9 +2,10 @@
 
 The contract is Mender's (variables `mender_boot_part`, `upgrade_available`, `bootcount`,
 `bootlimit`): a slot on trial gets `bootlimit` attempts, then the other one is booted and the trial
-is over. A slot that can't be loaded ends a trial at once; outside a trial the other slot is tried
-and the environment left alone. With no valid copy of the environment, the first slot that loads is
-booted. A pure function over values: real bootloaders are checked against it by booting.
+is over. A slot that can't be loaded ends a trial at once; outside a trial, also right after one
+whose attempts are used up, the other slot is tried and the environment left alone. With no valid
+copy of the environment, the first slot that loads is booted. A pure function over values: real
+bootloaders are checked against it by booting.
 """
 
 from __future__ import annotations
@@ -39,16 +40,18 @@ def other(slot: str) -> str:
     return {"a": "b", "b": "a"}[slot]
 
 
+def _first(one: str, two: str, slots: dict[str, SlotState]) -> str | None:
+    return next((slot for slot in (one, two) if loadable(slots[slot])), None)
+
+
 def next_boot(environment: BootEnvironment, slots: dict[str, SlotState]) -> Decision:
     """The slot that the next power-on boots, by the boot contract."""
     if environment.valid_copies == 0 or environment.boot_slot is None:
-        return Decision(next((s for s in ("a", "b") if loadable(slots[s])), None))
+        return Decision(_first("a", "b", slots))
     chosen = environment.boot_slot
     spare = other(chosen)
     if environment.upgrade_available:
         if environment.bootcount < environment.bootlimit and loadable(slots[chosen]):
             return Decision(chosen, on_trial=True)
-        return Decision(spare if loadable(slots[spare]) else None, rolled_back=True)
-    if loadable(slots[chosen]):
-        return Decision(chosen)
-    return Decision(spare if loadable(slots[spare]) else None)
+        return Decision(_first(spare, chosen, slots), rolled_back=True)
+    return Decision(_first(chosen, spare, slots))

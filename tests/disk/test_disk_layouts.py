@@ -477,6 +477,31 @@ def test_a_lost_superblock_is_mended_by_a_device_that_does_so_and_by_no_other(
         assert not check_ext4(disk, 0, 24 * MIB, repair=Repair(4096, (2048,))).clean
 
 
+@needs("mke2fs", "e2fsck", "debugfs")
+def test_torn_group_descriptors_do_not_cost_what_only_the_journal_holds(tree, tmp_path):
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    block = run("debugfs", "-R", "blocks /block", image).split()[0]
+    new = tmp_path / "new"
+    new.write_bytes(b"J" * 4096)
+    script = f"journal_open\njournal_write -b {block} {new}\njournal_close\n"
+    run("debugfs", "-w", "-f", "-", image, stdin=script)
+    with image.open("r+b") as file:
+        file.seek(4096)
+        file.write(random.Random(4).randbytes(S))
+    with disk_of(image) as disk:
+        result = check_ext4(disk, 0, 24 * MIB, read=["/block"], repair=MENDS)
+    assert result.clean, result.output
+    assert result.mended
+    assert result.files["/block"] == b"J" * 4096
+    # What a distribution does instead: the journal is deleted, and what it held is gone.
+    preen = ["e2fsck", "-p", str(image)]
+    preened = subprocess.run(preen, check=False, capture_output=True, text=True)
+    assert "journal has been deleted" in preened.stdout
+    subprocess.run(["e2fsck", "-y", str(image)], check=False, capture_output=True)
+    with disk_of(image) as disk:
+        assert check_ext4(disk, 0, 24 * MIB, read=["/block"]).files["/block"] != b"J" * 4096
+
+
 @needs("mke2fs", "e2fsck")
 def test_a_device_that_mends_does_not_notice_damage_without_a_mark_and_is_not_clean(tree, tmp_path):
     image = make_ext(tree, tmp_path / "fs.img", GROUPS)

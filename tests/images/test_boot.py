@@ -263,8 +263,8 @@ def test_a_data_partition_that_cannot_be_mounted_is_said_and_survived(
     assert bench.said("BROWNOUT DATA-FAILED") == 1
 
 
-@pytest.mark.parametrize("sectors", [(2, 1), (3, 1), pytest.param((0, 8), marks=pytest.mark.night)])
-def test_a_data_partition_without_a_superblock_is_mended_from_a_copy_of_it(
+@pytest.mark.parametrize("sectors", [(2, 1), (8, 1), pytest.param((0, 8), marks=pytest.mark.night)])
+def test_a_data_partition_whose_head_is_torn_is_mended_from_the_copies_of_it(
     built: Callable[..., TargetImages],
     make_disk: Callable[..., Disk],
     tmp_path: Path,

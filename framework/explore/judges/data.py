@@ -16,7 +16,7 @@ from attrs import frozen
 from framework.disk import check_ext4
 from framework.explore.judges.context import Context
 from framework.explore.layout import Role
-from framework.explore.states import CrashClass
+from framework.explore.states import CrashClass, CrashState
 from framework.verdict import DataChecked
 
 
@@ -58,11 +58,15 @@ class DataJudge:
         Raises DiskError if e2fsck is missing or doesn't end.
         """
         key = self.key(crash_class)
-        if key in self.checked:
-            return self.checked[key]
+        if key not in self.checked:
+            self.checked[key] = self.look(crash_class.representative)
+        return self.checked[key]
+
+    def look(self, state: CrashState) -> DataContent:
+        """Check a state's data partitions. Raises DiskError if e2fsck is missing or doesn't end."""
         clean, words, plain = True, "", True
         digests: dict[str, str | None] = dict.fromkeys(self.paths)
-        with crash_class.representative.disks(self.context.journal) as disks:
+        with state.disks(self.context.journal) as disks:
             for region in self._regions:
                 part = region.ranges[0]
                 found = check_ext4(
@@ -78,14 +82,17 @@ class DataJudge:
                 for path, content in found.files.items():
                     if content is not None:
                         digests[path] = hashlib.sha256(content).hexdigest()
-        made = self.checked[key] = DataContent(clean, words, digests, plain)
-        return made
+        return DataContent(clean, words, digests, plain)
 
     def seen(self, crash_class: CrashClass, phase: int) -> DataChecked | None:
         """The event of a class's check for a phase; None if its content was not checked."""
         found = self.checked.get(self.key(crash_class))
         if found is None or not self._regions:
             return None
+        return self.said(found, phase)
+
+    def said(self, found: DataContent, phase: int) -> DataChecked:
+        """A check's event for a phase."""
         lost = [
             f"{file.path} {'changed' if found.digests.get(file.path) else 'is missing'}"
             for file in self.context.timeline.synced(phase)

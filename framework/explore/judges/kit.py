@@ -154,13 +154,13 @@ def _mend(repair: Repair | None) -> str:
     """The device's own steps; see `Repair`."""
     if repair is None:
         return ""
-    return f"""check() {{ e2fsck "$@" "$device" > /dev/null 2>&1; [ $? -lt 4 ]; }}
-if ! check -p && ! check -y; then
+    return f"""check() {{ e2fsck -y "$@" "$device" > /dev/null 2>&1; [ $? -lt 4 ]; }}
+if ! check; then
     for backup in {" ".join(map(str, repair.backups))}; do
         e2fsck -n -b $backup -B {repair.block_bytes} "$device" > /dev/null 2>&1
         [ $? -lt 8 ] || continue
         busybox dd if=/dev/zero of="$device" bs={repair.block_bytes} count=1 conv=fsync 2> /dev/null
-        check -y -b $backup -B {repair.block_bytes} && break
+        check -b $backup -B {repair.block_bytes} && break
     done
 fi
 """
