@@ -18,6 +18,7 @@ PACKAGE_OF_TOOL: Mapping[str, str] = {
     "e2fsck": "e2fsprogs",
     "grub-mkimage": "grub-common",
     "mke2fs": "e2fsprogs",
+    "tune2fs": "e2fsprogs",
 }
 
 # A user's PATH often lacks the sbin folders, where e2fsprogs lives.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -500,6 +501,34 @@ def test_torn_group_descriptors_do_not_cost_what_only_the_journal_holds(tree, tm
     subprocess.run(["e2fsck", "-y", str(image)], check=False, capture_output=True)
     with disk_of(image) as disk:
         assert check_ext4(disk, 0, 24 * MIB, read=["/block"]).files["/block"] != b"J" * 4096
+
+
+@needs("mke2fs", "e2fsck", "debugfs", "tune2fs")
+@pytest.mark.parametrize("mapped", ["block by block", "by extents"])
+def test_a_torn_journal_inode_costs_the_journal_only_where_extents_map_it(tree, tmp_path, mapped):
+    """Planted: a file system made with extents, as mke2fs does it."""
+    whole = mapped == "block by block"
+    features = ["-O", "^64bit,^extent"] if whole else []
+    image = make_ext(tree, tmp_path / "fs.img", [*GROUPS, *features])
+    if whole:
+        run("tune2fs", "-O", "extent", image)
+    block = run("debugfs", "-R", "blocks /block", image).split()[0]
+    new = tmp_path / "new"
+    new.write_bytes(b"J" * 4096)
+    where = run("debugfs", "-R", "imap <8>", image)
+    at = re.search(r"located at block (\d+), offset 0x([0-9a-f]+)", where)
+    assert at is not None
+    table = int(at[1])
+    old = tmp_path / "table"
+    old.write_bytes(image.read_bytes()[table * 4096 : (table + 1) * 4096])
+    script = f"journal_open\njournal_write -b {block} {new}\njournal_write -b {table} {old}\n"
+    run("debugfs", "-w", "-f", "-", image, stdin=script + "journal_close\n")
+    with image.open("r+b") as file:
+        file.seek(table * 4096 + int(at[2], 16) // S * S)
+        file.write(random.Random(5).randbytes(S))
+    with disk_of(image) as disk:
+        result = check_ext4(disk, 0, 24 * MIB, read=["/block"], repair=MENDS)
+    assert (result.files["/block"] == b"J" * 4096) == whole, result.output
 
 
 @needs("mke2fs", "e2fsck")
