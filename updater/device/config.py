@@ -36,7 +36,7 @@ class DownloadConfig(NamedTuple):
 
     `stall_s` must bring `stall_bytes` each; a download expected to take `spool_min_s` or more is
     kept on the data partition, to be resumed after a restart (0: always; it is not if there is no
-    room).
+    room). `window_mib` is the memory that an artifact's xz or zstd may ask for.
     """
 
     timeout_s: float = 30.0
@@ -47,6 +47,7 @@ class DownloadConfig(NamedTuple):
     stall_s: float = 120.0
     stall_bytes: int = 4096
     spool_min_s: float = 60.0
+    window_mib: int = 16
 
 
 class ScriptsConfig(NamedTuple):
@@ -163,6 +164,7 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
             stall_s=download.number("stall_s", defaults.stall_s, 0.1, 86400.0),
             stall_bytes=int(download.number("stall_bytes", defaults.stall_bytes, 1, 1 << 30)),
             spool_min_s=download.number("spool_min_s", defaults.spool_min_s, 0.0, 1e9),
+            window_mib=int(download.number("window_mib", defaults.window_mib, 1, 64)),
         ),
         "scripts": _scripts(scripts),
         "server": _server(server),
