@@ -74,7 +74,8 @@ class ServerConfig(NamedTuple):
     """The management server; without a `url` there is none. Times are in seconds.
 
     `require_contact` makes contact with the server, within `contact_budget_s`, a condition for
-    committing; otherwise a server that is down never costs a good system. `windows` are the
+    committing; otherwise a server that is down never costs a good system. With a `key_uri` the
+    device's key is in a PKCS#11 token (`token_key.py`), not in `key_file`. `windows` are the
     local times at which an update may be installed and the device restarted: "22:00-04:30", or
     "Sat,Sun 00:00-24:00"; none means always.
     """
@@ -82,6 +83,7 @@ class ServerConfig(NamedTuple):
     url: str = ""
     tenant_token: str = ""
     key_file: str = ""
+    key_uri: str = ""
     key_type: str = "ed25519"
     identity: str = "/usr/share/mender/identity/mender-device-identity"
     inventory: str = "/usr/share/mender/inventory"
@@ -210,6 +212,7 @@ def _server(table: _Table) -> ServerConfig:
         url=url,
         tenant_token=table.text("tenant_token", optional=True),
         key_file=table.absolute("key_file", optional=True),
+        key_uri=_key_uri(table),
         key_type=kind,
         identity=table.absolute("identity", optional=True) or defaults.identity,
         inventory=table.absolute("inventory", optional=True) or defaults.inventory,
@@ -222,6 +225,21 @@ def _server(table: _Table) -> ServerConfig:
         windows=windows,
         reboot_command=table.texts("reboot_command") or defaults.reboot_command,
     )
+
+
+def _key_uri(table: _Table) -> str:
+    """Return where the key is in a PKCS#11 token, checked as far as that goes without it."""
+    uri = table.text("key_uri", optional=True)
+    if uri:
+        if "key_file" in table.names():
+            raise ConfigError(f"{table.file}: server has both a key_file and a key_uri")
+        from updater.device.token_key import parse_uri  # noqa: PLC0415
+
+        try:
+            parse_uri(uri)
+        except ConfigError as error:
+            raise ConfigError(f"{table.file}: {error}") from error
+    return uri
 
 
 def _slots(table: _Table) -> tuple[Slot, Slot]:
