@@ -132,12 +132,11 @@ def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) 
     """Run managed mode until a signal; the key is made before anything else."""
     from updater.device.api import DeviceApi  # noqa: PLC0415
     from updater.device.errors import ConfigError  # noqa: PLC0415
-    from updater.device.identity import DeviceKey, identity  # noqa: PLC0415
+    from updater.device.identity import identity, open_key  # noqa: PLC0415
     from updater.device.managed import Daemon, DeploymentLog, ServerObserver  # noqa: PLC0415
 
     if not config.server.url:
         raise ConfigError(f"{config.path}: there is no [server] with a url to be managed by")
-    key_file = config.server.key_file or f"{config.data_dir}/device-key.pem"
     first = compose(config)
     clock = first.ports.clock
     import os  # noqa: PLC0415
@@ -146,7 +145,7 @@ def _daemon(config: Config, compose: Callable[[Config], Client], *, once: bool) 
     api = DeviceApi(
         config.server,
         config.ca_file,
-        DeviceKey(key_file, config.server.key_type),
+        open_key(config),
         identity(config.server),
     )
     log = DeploymentLog(config.data_dir, clock)

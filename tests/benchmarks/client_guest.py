@@ -12,7 +12,7 @@ same passive slot (`guest_side.py`):
 - install, gzip: the same with `curl | tar | gunzip | tar | dd`; and, on the x86 target, Debian's
   mender-client 3.4 (`.ci/bootstrap tests` unpacks it) installing the same artifact from the same
   server. It does not read back. Its boot environment is a file, which is faster than a real one.
-- install, zstd: ours alone, for its memory: the window of the compression is in it.
+- install, xz and zstd: ours alone, for its memory: the window of the compression is in it.
 
 Peak resident memory is the process's own, as the kernel counts it (wait4). Speeds are medians of
 the rounds' ratios. Nothing else should run on the machine; an image of 128 MiB fills the slot.
@@ -84,7 +84,7 @@ def make_artifacts(folder: Path, image_mib: int, target: str, key: Path) -> None
     """Everything that the guest fetches."""
     image = folder / "raw.mender"
     make_image(image, image_mib)
-    for packing in ("none", "gzip", "zstd"):
+    for packing in ("none", "gzip", "xz", "zstd"):
         write_artifact(
             folder / f"image-{packing}.mender",
             image,
@@ -149,7 +149,7 @@ def report(told: list[dict[str, Any]]) -> None:
             f"idle daemon: {entry['wake_ups']} wake-ups in {entry['seconds']:.0f} s,"
             f" {entry['resident_kib'] / 1024:.1f} MiB resident"
         )
-    for packing in [name for name in ("none", "gzip", "zstd") if rows[name]["updater"]]:
+    for packing in [name for name in ("none", "gzip", "xz", "zstd") if rows[name]["updater"]]:
         ours = rows[packing]["updater"]
         for name, entries in rows[packing].items():
             seconds = statistics.median(entry["seconds"] for entry in entries)

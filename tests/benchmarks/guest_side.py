@@ -126,7 +126,7 @@ def start_up(rounds: int) -> None:
 def installs(rounds: int, mender: bool) -> None:
     curl = f"{LOADER}/curl -sf --cacert {CA} {URL}"
     for _ in range(rounds):
-        for packing in ("none", "gzip", "zstd"):
+        for packing in ("none", "gzip", "xz", "zstd"):
             url = f"{URL}/image-{packing}.mender"
             fetch = ""
             if packing == "none":

@@ -35,6 +35,7 @@ LIMITS = reader.Limits(
     header_member=128 * 1024,
     header_total=512 * 1024,
     payload_total=8 << 20,
+    window=8 << 20,
 )
 _MAX_MESSAGE = 2000
 _BUFFER = memoryview(bytearray(64 * 1024))

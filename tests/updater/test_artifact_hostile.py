@@ -23,6 +23,7 @@ from updater.artifact import (
     ArtifactTruncatedError,
     Limits,
 )
+from updater.artifact.compression import compressor
 from updater.artifact.signature import PrivateKey, sign
 
 Spoil = Callable[[Parts], None]
@@ -420,6 +421,21 @@ def test_header_bombs_are_bounded(signing_key: PrivateKey) -> None:
 def test_limits_are_the_callers(signing_key: PrivateKey) -> None:
     with pytest.raises(ArtifactLimitError, match=r"manifest is \d+ bytes, at most 10 are"):
         ArtifactReader(Stream(Parts(signing_key).build()), limits=Limits(manifest=10))
+
+
+@pytest.mark.parametrize("compression", ["xz", "zstd"])
+def test_a_window_larger_than_allowed_is_refused_before_the_payload_is_taken(
+    signing_key: PrivateKey, compression: str
+) -> None:
+    parts = Parts(signing_key, compression)
+    engine = compressor(compression, 6 if compression == "xz" else 19, 8 << 20)
+    plain = tar_of(parts.listed_files())
+    parts.data_packed = engine.compress(plain) + engine.flush()
+    whole = parts.build()
+    assert read_all(ArtifactReader(Stream(whole))) == parts.content
+    reader = ArtifactReader(Stream(whole), limits=Limits(window=4 << 20))
+    with pytest.raises(ArtifactLimitError, match=r"data/0000\.tar.*more than the 4 MiB allowed"):
+        _ = reader.payload
 
 
 @settings(max_examples=400, deadline=None)

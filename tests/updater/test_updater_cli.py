@@ -574,3 +574,26 @@ def test_an_idle_daemon_does_not_wake_up_between_polls(grub_device: Device) -> N
             assert context_switches(daemon.pid) == now
         finally:
             daemon.kill()
+
+
+def test_the_count_of_wake_ups_sees_a_thread_that_polls() -> None:
+    """The planted bug: a process whose main thread sleeps, and another one looks now and then."""
+    program = (
+        "import threading, time\n"
+        "def look():\n"
+        "    while True: time.sleep(0.5)\n"
+        "threading.Thread(target=look, daemon=True).start()\n"
+        "print('asleep', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            before = context_switches(process.pid)
+            time.sleep(3)
+            assert context_switches(process.pid) > before
+        finally:
+            process.kill()

@@ -23,7 +23,7 @@ from updater.device.api import DeviceApi
 from updater.device.client import Client, LeaveToDaemon
 from updater.device.config import DownloadConfig, ServerConfig
 from updater.device.errors import ConfigError, UpdaterError
-from updater.device.identity import DeviceKey, identity, inventory
+from updater.device.identity import DeviceKey, identity, inventory, open_key
 from updater.device.managed import Daemon, DeploymentLog, ServerObserver
 from updater.device.transport import FileOrHttpsTransport
 from updater.device.windows import Window, minutes_until_open, parse_window
@@ -65,6 +65,7 @@ class Fleet:
                 "inventory": str(directory / "inventory"),
                 "reboot_command": ("true",),
                 "timeout_s": 5.0,
+                "key_file": f"{directory}/key.pem",
                 **server,
             }
         )
@@ -80,8 +81,7 @@ class Fleet:
     def start(self) -> None:
         """Start the daemon's process anew."""
         config = self.world.config
-        key = DeviceKey(f"{config.data_dir}/key.pem", config.server.key_type)
-        api = DeviceApi(config.server, self.ca_file, key, identity(config.server))
+        api = DeviceApi(config.server, self.ca_file, open_key(config), identity(config.server))
         log = DeploymentLog(config.data_dir, self.world.clock)
         observer = ServerObserver(config, api, log, self.world.clock)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from updater.artifact import summary, writer
-from updater.artifact.compression import SUFFIXES
+from updater.artifact.compression import MIB, SUFFIXES, WINDOW_BYTES
 from updater.artifact.errors import ArtifactError
 from updater.artifact.metadata import parse_meta_data
 from updater.artifact.summary import DumpFolders, Progress
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MAX_META_DATA_BYTES = 4 * 1024 * 1024
 # mender-artifact's name for xz.
 _ALIASES = {"lzma": "xz"}
+_WINDOWS_MIB = (1, 2, 4, 8, 16, 32, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +79,13 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-k", "--key", metavar="PEM", help="sign with this private key")
     verb.add_argument("--compression", choices=(*SUFFIXES, *_ALIASES), default="zstd")
     verb.add_argument("--level", type=int, help="compression level")
+    verb.add_argument(
+        "--window-mib",
+        type=int,
+        choices=_WINDOWS_MIB,
+        default=WINDOW_BYTES // MIB,
+        help="memory that a device needs to unpack xz or zstd; more packs better",
+    )
     verb.add_argument("-g", "--provides-group", metavar="GROUP", help="group of this artifact")
     _many(verb, "-N", "--artifact-name-depends", "NAME", "install only over this artifact")
     _many(verb, "-G", "--depends-groups", "GROUP", "install only over an artifact of this group")
@@ -149,6 +157,7 @@ def _write(options: argparse.Namespace) -> int:
         "key": key,
         "compression": _ALIASES.get(options.compression, options.compression),
         "level": options.level,
+        "window_bytes": options.window_mib * MIB,
         "group": options.provides_group,
         "provides": dict(_pair(text, "--provides") for text in options.provides),
         "depends": _depends(options),

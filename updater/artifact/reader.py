@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from updater.artifact import metadata
-from updater.artifact.compression import compression_of, decompressor
+from updater.artifact.compression import MAX_WINDOW_BYTES, compression_of, decompressor
 from updater.artifact.errors import (
     ArtifactError,
     ArtifactFormatError,
@@ -50,7 +50,8 @@ class Limits(NamedTuple):
     """Upper bounds, in bytes unless the name says otherwise.
 
     All but `payload_total` bound what is held in memory; `payload_total` bounds the sum of the
-    payload files' declared sizes, so that a caller can refuse what its disk cannot hold.
+    payload files' declared sizes, so that a caller can refuse what its disk cannot hold. `window`
+    is what xz or zstd may make a reader keep.
     """
 
     manifest: int = 1024 * 1024
@@ -60,6 +61,7 @@ class Limits(NamedTuple):
     header_total: int = 16 * 1024 * 1024
     header_member_count: int = 1000
     payload_total: int = 1 << 40
+    window: int = MAX_WINDOW_BYTES
 
 
 class ArtifactReader:
@@ -217,7 +219,8 @@ class ArtifactReader:
         self.header_compression = compression
         content = self._outer.read_all(member, self._limits.compressed_header)
         self._check(member.name, hashlib.sha256(content).hexdigest())
-        tar = TarReader(decompressor(compression, Memory(content), member.name), member.name)
+        plain = decompressor(compression, Memory(content), member.name, self._limits.window)
+        tar = TarReader(plain, member.name)
         files = self._header_members(tar)
         raw_info = files.pop("header-info")
         self.header_info = metadata.parse_header_info(raw_info)
@@ -281,7 +284,8 @@ class ArtifactReader:
             raise ArtifactFormatError(f"artifact: {member.name!r} where {_DATA} should be")
         self.payload_compression = compression
         self._data_name = member.name
-        self._data = TarReader(decompressor(compression, self._outer, member.name), member.name)
+        plain = decompressor(compression, self._outer, member.name, self._limits.window)
+        self._data = TarReader(plain, member.name)
         self._advance()
         self._image = self._file
         if self._file is None and self.payload_type == metadata.ROOTFS_IMAGE:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from updater.artifact import metadata, tar
-from updater.artifact.compression import SUFFIXES, compressor
+from updater.artifact.compression import SUFFIXES, WINDOW_BYTES, Compressor, compressor
 from updater.artifact.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -57,12 +57,17 @@ DEFAULT_SOFTWARE = Software()
 
 
 class Packing(NamedTuple):
-    """How an artifact is packed: signing key, compression, level (None: the default)."""
+    """How an artifact is packed: signing key, compression, level (None: the default), window."""
 
     key: PrivateKey | None
     compression: str
     level: int | None
+    window_bytes: int
     progress: Progress
+
+    def packer(self) -> Compressor:
+        """Begin a compressed stream."""
+        return compressor(self.compression, self.level, self.window_bytes)
 
 
 class _File(NamedTuple):
@@ -84,6 +89,7 @@ def write_artifact(
     key: PrivateKey | None = None,
     compression: str = "zstd",
     level: int | None = None,
+    window_bytes: int = WINDOW_BYTES,
     group: str | None = None,
     provides: Mapping[str, str] | None = None,
     depends: Mapping[str, Sequence[str]] | None = None,
@@ -105,6 +111,7 @@ def write_artifact(
         key: signs the artifact.
         compression: "none", "gzip", "xz" or "zstd", for header and payload.
         level: the compression's level.
+        window_bytes: what unpacking xz or zstd may take in memory; a power of two.
         group: the group that the artifact provides.
         provides: more that the payload provides; overrides the defaults.
         depends: what a device must provide; `artifact_name` and `artifact_group` go to the
@@ -145,7 +152,7 @@ def write_artifact(
             info=_header_info(metadata.ROOTFS_IMAGE, name, device_types, group, depends),
             type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
             scripts=scripts,
-            packing=Packing(key, compression, level, progress or _silent),
+            packing=Packing(key, compression, level, window_bytes, progress or _silent),
         )
 
 
@@ -160,6 +167,7 @@ def write_module_artifact(
     key: PrivateKey | None = None,
     compression: str = "zstd",
     level: int | None = None,
+    window_bytes: int = WINDOW_BYTES,
     group: str | None = None,
     provides: Mapping[str, str] | None = None,
     depends: Mapping[str, Sequence[str]] | None = None,
@@ -191,7 +199,7 @@ def write_module_artifact(
             info=_header_info(payload_type, name, device_types, group, depends),
             type_info=_type_info({**own, **(provides or {})}, depends, [*clears, *defaults]),
             scripts=scripts,
-            packing=Packing(key, compression, level, progress or _silent),
+            packing=Packing(key, compression, level, window_bytes, progress or _silent),
         )
 
 
@@ -203,6 +211,7 @@ def write_bootstrap_artifact(
     key: PrivateKey | None = None,
     compression: str = "zstd",
     level: int | None = None,
+    window_bytes: int = WINDOW_BYTES,
     group: str | None = None,
     provides: Mapping[str, str] | None = None,
     depends: Mapping[str, Sequence[str]] | None = None,
@@ -217,7 +226,7 @@ def write_bootstrap_artifact(
             info=_header_info(None, name, device_types, group, depends),
             type_info=_type_info(provides or {}, depends, clears),
             scripts=(),
-            packing=Packing(key, compression, level, _silent),
+            packing=Packing(key, compression, level, window_bytes, _silent),
         )
 
 
@@ -393,7 +402,7 @@ def _header_archive(
     if meta_data is not None:
         members.append(("headers/0000/meta-data", meta_data))
     content = b"".join(tar.member(name, data) for name, data in members) + tar.END_OF_ARCHIVE
-    packer = compressor(packing.compression, packing.level)
+    packer = packing.packer()
     return packer.compress(content) + packer.flush()
 
 
@@ -402,7 +411,7 @@ def _write_data(file: IO[bytes], files: Sequence[_File], packing: Packing) -> No
     member_name = "data/0000.tar" + SUFFIXES[packing.compression]
     header_at = file.tell()
     file.write(bytes(tar.BLOCK))
-    packer = compressor(packing.compression, packing.level)
+    packer = packing.packer()
     for source in files:
         _write_file(file, source, packer, packing.progress)
     file.write(packer.compress(tar.END_OF_ARCHIVE))

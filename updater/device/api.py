@@ -21,7 +21,7 @@ from updater.device.transport import retry_after, tls_context
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from updater.device.identity import DeviceKey
+    from updater.device.identity import Key
 
 _MAX_ANSWER_BYTES = 1024 * 1024
 _MAX_LOG_BYTES = 900 * 1024
@@ -66,7 +66,7 @@ class DeviceApi:
         self,
         config: ServerConfig,
         ca_file: str | None,
-        key: DeviceKey,
+        key: Key,
         identity: str,
         before_tls: Callable[[], None] = lambda: None,
     ) -> None:

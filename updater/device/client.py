@@ -382,13 +382,19 @@ class Client:
 
     def download(self) -> Event:
         """Stream the artifact to where it goes, durable and read back."""
-        from updater.artifact import ArtifactError, ArtifactReader, check_compatible  # noqa: PLC0415
+        from updater.artifact import (  # noqa: PLC0415
+            ArtifactError,
+            ArtifactReader,
+            Limits,
+            check_compatible,
+        )
         from updater.artifact.signature import load_public_key  # noqa: PLC0415
 
         try:
             keys = [load_public_key(path) for path in self.config.artifact_keys]
             with self.ports.transport.open(self.location) as stream:
-                reader = ArtifactReader(stream, keys)
+                limits = Limits(window=self.config.download.window_mib << 20)
+                reader = ArtifactReader(stream, keys, limits)
                 check_compatible(reader, self.config.device_type, self.provides())
                 self.ports.scripts.take(reader.scripts)
                 self._update = self._current()._replace(

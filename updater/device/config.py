@@ -36,7 +36,7 @@ class DownloadConfig(NamedTuple):
 
     `stall_s` must bring `stall_bytes` each; a download expected to take `spool_min_s` or more is
     kept on the data partition, to be resumed after a restart (0: always; it is not if there is no
-    room).
+    room). `window_mib` is the memory that an artifact's xz or zstd may ask for.
     """
 
     timeout_s: float = 30.0
@@ -47,6 +47,7 @@ class DownloadConfig(NamedTuple):
     stall_s: float = 120.0
     stall_bytes: int = 4096
     spool_min_s: float = 60.0
+    window_mib: int = 16
 
 
 class ScriptsConfig(NamedTuple):
@@ -73,7 +74,8 @@ class ServerConfig(NamedTuple):
     """The management server; without a `url` there is none. Times are in seconds.
 
     `require_contact` makes contact with the server, within `contact_budget_s`, a condition for
-    committing; otherwise a server that is down never costs a good system. `windows` are the
+    committing; otherwise a server that is down never costs a good system. With a `key_uri` the
+    device's key is in a PKCS#11 token (`token_key.py`), not in `key_file`. `windows` are the
     local times at which an update may be installed and the device restarted: "22:00-04:30", or
     "Sat,Sun 00:00-24:00"; none means always.
     """
@@ -81,6 +83,7 @@ class ServerConfig(NamedTuple):
     url: str = ""
     tenant_token: str = ""
     key_file: str = ""
+    key_uri: str = ""
     key_type: str = "ed25519"
     identity: str = "/usr/share/mender/identity/mender-device-identity"
     inventory: str = "/usr/share/mender/inventory"
@@ -163,6 +166,7 @@ def _optional_sections(top: _Table) -> dict[str, Any]:
             stall_s=download.number("stall_s", defaults.stall_s, 0.1, 86400.0),
             stall_bytes=int(download.number("stall_bytes", defaults.stall_bytes, 1, 1 << 30)),
             spool_min_s=download.number("spool_min_s", defaults.spool_min_s, 0.0, 1e9),
+            window_mib=int(download.number("window_mib", defaults.window_mib, 1, 64)),
         ),
         "scripts": _scripts(scripts),
         "server": _server(server),
@@ -208,6 +212,7 @@ def _server(table: _Table) -> ServerConfig:
         url=url,
         tenant_token=table.text("tenant_token", optional=True),
         key_file=table.absolute("key_file", optional=True),
+        key_uri=_key_uri(table),
         key_type=kind,
         identity=table.absolute("identity", optional=True) or defaults.identity,
         inventory=table.absolute("inventory", optional=True) or defaults.inventory,
@@ -220,6 +225,21 @@ def _server(table: _Table) -> ServerConfig:
         windows=windows,
         reboot_command=table.texts("reboot_command") or defaults.reboot_command,
     )
+
+
+def _key_uri(table: _Table) -> str:
+    """Return where the key is in a PKCS#11 token, checked as far as that goes without it."""
+    uri = table.text("key_uri", optional=True)
+    if uri:
+        if "key_file" in table.names():
+            raise ConfigError(f"{table.file}: server has both a key_file and a key_uri")
+        from updater.device.token_key import parse_uri  # noqa: PLC0415
+
+        try:
+            parse_uri(uri)
+        except ConfigError as error:
+            raise ConfigError(f"{table.file}: {error}") from error
+    return uri
 
 
 def _slots(table: _Table) -> tuple[Slot, Slot]:

@@ -1,10 +1,11 @@
 """Who the device is: its key, its identity, its inventory.
 
 The private key has a file of its own on the data partition, made at first use, readable by root
-alone, and shared by both systems. Identity is what an executable prints as `key=value` lines
-(Mender's `mender-device-identity`); without one, the address of the first network interface.
-Inventory is what every executable `mender-inventory-*` prints, and what the client knows itself. A
-repeated key makes a list. A script that fails costs its own attributes, not the others'.
+alone, and shared by both systems; or it is in a PKCS#11 token (`token_key.py`). Identity is what an
+executable prints as `key=value` lines (Mender's `mender-device-identity`); without one, the address
+of the first network interface. Inventory is what every executable `mender-inventory-*` prints, and
+what the client knows itself. A repeated key makes a list. A script that fails costs its own
+attributes, not the others'.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from updater.device import files, process
-from updater.device.config import ServerConfig
+from updater.device.config import Config, ServerConfig
 from updater.device.console import say
 from updater.device.errors import ConfigError, StoreError
 
@@ -30,6 +31,26 @@ _TIMEOUT_S = 60.0
 _MAX_ATTRIBUTES = 200
 
 Attributes = dict[str, str | list[str]]
+
+
+class Key(Protocol):
+    """What the device proves itself with."""
+
+    public_pem: str
+
+    def sign(self, body: bytes) -> str:
+        """Return the base64 signature over exactly these bytes, as the device API wants it."""
+        ...
+
+
+def open_key(config: Config) -> Key:
+    """Return the key that the configuration names. Raises StoreError or ConfigError."""
+    if config.server.key_uri:
+        from updater.device.token_key import TokenKey  # noqa: PLC0415
+
+        return TokenKey(config.server.key_uri)
+    path = config.server.key_file or f"{config.data_dir}/device-key.pem"
+    return DeviceKey(path, config.server.key_type)
 
 
 class DeviceKey:
