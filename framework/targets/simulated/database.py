@@ -89,7 +89,8 @@ class DataVfs(apsw.VFS):
     def __init__(self) -> None:
         self.disk: FileSystem | None = None
         self._drawn = 0
-        super().__init__(_NAME, "", maxpathname=128)
+        # SQLite seeds its random numbers from the default VFS, whichever one a connection uses.
+        super().__init__(_NAME, "", makedefault=True, maxpathname=128)
 
     @property
     def _mounted(self) -> FileSystem:
@@ -99,6 +100,8 @@ class DataVfs(apsw.VFS):
     def restart(self) -> None:
         """Begin the sequence of random numbers again: a lifetime begins."""
         self._drawn = 0
+        # None asked for means: seed anew at the next use (sqlite.org/c3ref/randomness.html).
+        apsw.randomness(0)
 
     def xFullPathname(self, name: str) -> str:  # noqa: N802
         """There are no folders."""
