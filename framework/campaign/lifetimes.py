@@ -23,6 +23,7 @@ from framework.targets.simulated.device import (
     DATA_OFFSET,
     ENVIRONMENT,
     IMAGE_BYTES,
+    SLOT_OFFSETS,
     Command,
     Start,
     make_image,
@@ -173,13 +174,13 @@ class _Plan:
     def __init__(self, faults: tuple[Fault, ...], strike: Callable[[Fault], None]) -> None:
         self._strike = strike
         self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
-        self.cut = (model_from("kept"), 0)
+        self.due = min(self._faults, default=0)
+        self.cut = (_model("kept"), 0)
         self.last = 0
 
     def at(self, step: Step) -> Action:
-        fault = self._faults.pop(step.number, None)
-        if fault is None:
-            return ""
+        fault = self._faults.pop(step.number)
+        self.due = min(self._faults, default=0)
         self._strike(fault)
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
@@ -194,6 +195,7 @@ class _Plan:
     def disarm(self) -> None:
         """From here on nothing goes wrong."""
         self._faults.clear()
+        self.due = 0
 
 
 _MODELS: dict[str, CacheModel] = {}
@@ -366,11 +368,10 @@ class _Life:
         return seen
 
     def _slot(self, slot: str) -> SlotState:
-        content = self._device.read_slot(slot)
         for name, image in self._images.items():
-            if content == image:
+            if self._device.drive.holds(SLOT_OFFSETS[slot], image):
                 return SlotState(SlotContent.IMAGE, name)
-        if read_head(content) is None:
+        if read_head(self._device.slot_head(slot)) is None:
             return SlotState(SlotContent.UNLOADABLE)
         return SlotState(SlotContent.MIXED)
 

@@ -252,10 +252,9 @@ class SimulatedDevice:
         store.close()
         self._unmount()
 
-    def read_slot(self, slot: str) -> bytes:
-        """Return a slot's image as the drive holds it, read from outside the device."""
-        offset = SLOT_OFFSETS[slot]
-        return bytes(self.drive._current[offset : offset + IMAGE_BYTES])
+    def slot_head(self, slot: str) -> bytes:
+        """Return a slot's first sector as the drive holds it, read from outside the device."""
+        return self.drive.peek(SLOT_OFFSETS[slot], 512)
 
     # From the boot loader to the ready line.
 
