@@ -100,8 +100,6 @@ class DataVfs(apsw.VFS):
     def restart(self) -> None:
         """Begin the sequence of random numbers again: a lifetime begins."""
         self._drawn = 0
-        # None asked for means: seed anew at the next use (sqlite.org/c3ref/randomness.html).
-        apsw.randomness(0)
 
     def xFullPathname(self, name: str) -> str:  # noqa: N802
         """There are no folders."""
@@ -156,10 +154,14 @@ class Connection:
     """An apsw connection with the part of `sqlite3.Connection` that the client's store uses."""
 
     def __init__(self, path: str) -> None:
+        # To ask for none seeds them anew (sqlite.org/c3ref/randomness.html): what is written must
+        # not depend on what was drawn before.
+        apsw.randomness(0)
         try:
             self._real = apsw.Connection(path, vfs=_NAME, statementcachesize=32)
         except apsw.Error as error:
             raise _in_sqlite3(error) from error
+        self._cursor = self._real.cursor()
 
     @property
     def in_transaction(self) -> bool:
@@ -169,14 +171,14 @@ class Connection:
     def execute(self, sql: str, values: Any = None) -> _Rows:
         """Run one statement; its rows are fetched at once."""
         try:
-            return _Rows(self._real.execute(sql, values).fetchall())
+            return _Rows(self._cursor.execute(sql, values).fetchall())
         except apsw.Error as error:
             raise _in_sqlite3(error) from error
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         """Run a statement for every row of values."""
         try:
-            self._real.executemany(sql, rows).fetchall()
+            self._cursor.executemany(sql, rows).fetchall()
         except apsw.Error as error:
             raise _in_sqlite3(error) from error
 
@@ -186,6 +188,7 @@ class Connection:
 
     def close(self) -> None:
         """Close; nothing is written by that."""
+        self._cursor.close(True)
         self._real.close(True)
 
 
