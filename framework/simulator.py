@@ -31,6 +31,7 @@ from framework.targets.simulated.laboratory import Laboratory
 FILE_VERSION: Final = 1
 EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
+CHECKPOINT_S: Final = 10.0
 MAX_FILES: Final = 20
 """Violations that are shrunk and kept; more are counted."""
 
@@ -73,18 +74,46 @@ def run_simulate(search: Search, output: Path, console: Console) -> int:
         _pool(search.workers) as pool,
     ):
         task = progress.add_task("", total=len(jobs), rate="", bad="")
-        for part in _run(pool, jobs, search.workers):
-            tally.add(part)
-            elapsed = time.monotonic() - begun
-            bad = f"[red]{len(tally.found)} violations" if tally.found else ""
-            rate = f"{tally.lifetimes} at {tally.lifetimes / elapsed:.0f}/s"
-            progress.update(task, advance=1, rate=rate, bad=bad)
-    elapsed = time.monotonic() - begun
-    _show(console, search, tally, elapsed)
-    if not tally.found:
-        return EXIT_CLEAN
+        written = begun
+        try:
+            for part in _run(pool, jobs, search.workers):
+                tally.add(part)
+                elapsed = time.monotonic() - begun
+                bad = f"[red]{len(tally.found)} violations" if tally.found else ""
+                rate = f"{tally.lifetimes} at {tally.lifetimes / elapsed:.0f}/s"
+                progress.update(task, advance=1, rate=rate, bad=bad)
+                if time.monotonic() - written > CHECKPOINT_S:
+                    written = time.monotonic()
+                    _checkpoint(output, search, tally, elapsed)
+        except KeyboardInterrupt:
+            # What was seen so far is as true as the rest would be.
+            _show(console, search, tally, time.monotonic() - begun)
+            _keep(tally.found, output, console)
+            raise
+    _show(console, search, tally, time.monotonic() - begun)
     _keep(tally.found, output, console)
-    return EXIT_VIOLATIONS
+    return EXIT_VIOLATIONS if tally.found else EXIT_CLEAN
+
+
+def _checkpoint(output: Path, search: Search, tally: Tally, elapsed_s: float) -> None:
+    """Leave the figures so far in a file: of a run of hours, not all may be lost."""
+    values = {
+        "seed": search.seed,
+        "lifetimes": tally.lifetimes,
+        "seconds": round(elapsed_s, 1),
+        "operations": tally.operations,
+        "faults": tally.fired,
+        "verdicts": dict(sorted(tally.verdicts.items())),
+        "violations": [json.loads(found.schedule.to_json()) for found in tally.found[:MAX_FILES]],
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "progress.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise SimulationError(f"{output}: {error.strerror}") from error
 
 
 def run_replay(given: str, console: Console) -> int:
@@ -201,7 +230,7 @@ def _run(pool: ProcessPoolExecutor, jobs: list[Job], workers: int) -> Iterator[T
 
 
 def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> None:
-    rate = tally.lifetimes / elapsed_s
+    rate = tally.lifetimes / max(elapsed_s, 1e-9)
     console.print(
         f"{tally.lifetimes:,} lifetimes, {tally.operations:,} drive operations, {tally.fired:,}"
         f" faults struck, in {elapsed_s:.1f} s ({rate:.0f}/s with {search.workers} processes,"
@@ -220,6 +249,8 @@ def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> N
 
 def _keep(found: list[Found], output: Path, console: Console) -> None:
     """Shrink the violations, write a file for each different one, say how to replay it."""
+    if not found:
+        return
     laboratory = Laboratory()
     kept: dict[str, str] = {}
     try:

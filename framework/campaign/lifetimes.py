@@ -222,10 +222,10 @@ class _Life:
             "v2": make_image("v2", schedule.behaviour),
             "v3": make_image("v3"),
         }
+        self._drive = laboratory.drive(self._plan, fresh=schedule.fresh)
         self._device = laboratory.device(
             schedule.behaviour,
-            fresh=schedule.fresh,
-            plan=self._plan,
+            drive=self._drive,
             early=early,
             network=self._download,
         )
@@ -245,7 +245,7 @@ class _Life:
                 self._start(self._device.restart)
             else:
                 self._command(action)
-        exposed = self._device.drive.operations
+        exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
         if self._schedule.behaviour == "well":
@@ -265,7 +265,7 @@ class _Life:
             judge(run),
             run.events,
             tuple(self._device.lines),
-            self._device.drive.operations,
+            self._drive.operations,
             exposed,
             tuple(self._struck),
         )
@@ -335,7 +335,7 @@ class _Life:
 
     def _power_went(self) -> None:
         self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
-        self._device.drive.power_on()
+        self._drive.power_on()
         self._look("after the cut")
         self._check_data()
 
@@ -353,7 +353,7 @@ class _Life:
     # Witnesses.
 
     def _look(self, moment: str) -> DiskSeen:
-        found = read_copies(self._device.drive, ENVIRONMENT)
+        found = read_copies(self._drive, ENVIRONMENT)
         variables = found.variables
         count = variables.get("bootcount", "0")
         environment = BootEnvironment(
@@ -369,15 +369,15 @@ class _Life:
 
     def _slot(self, slot: str) -> SlotState:
         for name, image in self._images.items():
-            if self._device.drive.holds(SLOT_OFFSETS[slot], image):
+            if self._drive.holds(SLOT_OFFSETS[slot], image):
                 return SlotState(SlotContent.IMAGE, name)
-        if read_head(self._device.slot_head(slot)) is None:
+        if read_head(self._drive.peek(SLOT_OFFSETS[slot], 512)) is None:
             return SlotState(SlotContent.UNLOADABLE)
         return SlotState(SlotContent.MIXED)
 
     def _check_data(self) -> None:
         try:
-            data = FileSystem(self._device.drive, DATA_OFFSET, DATA_BYTES)
+            data = FileSystem(self._drive, DATA_OFFSET, DATA_BYTES)
             intact = data.read(CANARY, 0, len(CANARY_CONTENT)) == CANARY_CONTENT
             detail = "" if intact else "the canary has changed"
         except (FileSystemError, KeyError) as error:

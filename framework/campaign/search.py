@@ -48,7 +48,7 @@ ACTIONS: Final = (
 KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
-DOWNLOAD_BYTES: Final = 100_000
+DOWNLOAD_BYTES: Final = 108_000
 _SHRINK_RUNS: Final = 400
 
 

@@ -71,6 +71,29 @@ _KINDS_THAT_REMEMBER: Final = frozenset({"lying", "emmc", "sd", "discard"})
 """Models that look behind the newest flush: they get the whole power cycle to decide on."""
 
 
+class Disk(Protocol):
+    """What the device asks of its drive: `Drive`, or the recorder's disks (`recorded`)."""
+
+    off: bool
+    size_bytes: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return what the drive holds; DriveError where that can't be read."""
+        ...
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write whole sectors into the cache; DriveError when that fails."""
+        ...
+
+    def flush(self) -> None:
+        """Make durable all that was written; DriveError when that fails."""
+        ...
+
+    def power_on(self) -> None:
+        """Give the power back."""
+        ...
+
+
 class Drive:
     """`content` is the medium at the start; its length is the drive's size, in whole sectors."""
 

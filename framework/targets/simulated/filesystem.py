@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from framework.targets.simulated.drive import Drive, DriveError, PowerLost
+from framework.targets.simulated.drive import Disk, DriveError, PowerLost
 
 PAGE: Final = 4096
 _HEAD: Final = struct.Struct("<8sQII")
@@ -81,7 +81,7 @@ class FileSystem:
     """
 
     def __init__(
-        self, drive: Drive, offset: int, length: int, early: Callable[[], bool] | None = None
+        self, drive: Disk, offset: int, length: int, early: Callable[[], bool] | None = None
     ) -> None:
         self._drive = drive
         self._offset = offset

@@ -18,7 +18,7 @@ from framework.targets.simulated.device import (
     factory_content,
     make_image,
 )
-from framework.targets.simulated.drive import Plan
+from framework.targets.simulated.drive import Disk, Drive, Plan
 from updater.artifact import write_artifact
 from updater.artifact.signature import load_private_key
 from updater.device.client import Client, Ports
@@ -62,34 +62,35 @@ class Laboratory:
         self,
         behaviour: str,
         *,
-        fresh: bool = False,
-        plan: Plan | None = None,
+        drive: Disk,
         early: Callable[[], bool] | None = None,
         network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
     ) -> SimulatedDevice:
         """Make a device, for which v2 is an update that is `behaviour`.
 
-        A `fresh` one has no state store yet; others have an empty one.
+        `drive` is one that `drive()` made, or another with its content.
         """
         artifacts = {"v2": self.artifact("v2", behaviour), "v3": self.artifact("v3", "well")}
         return SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
             vfs=self._vfs,
-            plan=plan,
+            drive=drive,
             early=early,
             client=self._client,
             quirks=self._quirks,
-            content=factory_content("v1") if fresh else self._used,
         )
+
+    def drive(self, plan: Plan, *, fresh: bool = False) -> Drive:
+        """Make a device's drive; a `fresh` one has no state store yet, others an empty one."""
+        return Drive(factory_content("v1") if fresh else self._used, plan)
 
     def _provision(self) -> bytes:
         """Return the drive of a device whose client has run before."""
-        device = SimulatedDevice(
-            Surroundings({}, (), self._info), vfs=self._vfs, content=factory_content("v1")
-        )
+        drive = Drive(factory_content("v1"))
+        device = SimulatedDevice(Surroundings({}, (), self._info), vfs=self._vfs, drive=drive)
         device.start()
         device.provision()
-        return device.drive.read(0, device.drive.size_bytes)
+        return drive.read(0, drive.size_bytes)
 
     def artifact(self, name: str, behaviour: str) -> bytes:
         """Return the signed artifact of an image."""
