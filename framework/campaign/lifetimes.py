@@ -311,10 +311,12 @@ class _Life:
         """Run a command; None when the power went, after the device has been started again."""
         if not self._running:
             return None
+        command: Command | None = None
         try:
             command = self._device.run(verb, source)
         except PowerLost:
             self._power_went()
+        if command is None:
             self._start(self._device.start)
             return None
         if verb != "install" and command.exit_code == 4:

@@ -278,8 +278,8 @@ def test_a_fault_knows_the_features_that_it_needs(fault: Fault, needs: set[str])
 
 
 def test_a_rig_that_lacks_a_feature_refuses_the_fault_by_its_name() -> None:
-    check_features(hang(), frozenset({"network", "watchdog"}), "bench.yaml")
+    check_features(hang(), frozenset({"linux", "network", "watchdog"}), "bench.yaml")
     with pytest.raises(
         FaultError, match=r"system hangs: needs the feature watchdog, which the rig bench.yaml"
     ):
-        check_features(hang(), frozenset({"network"}), "bench.yaml")
+        check_features(hang(), frozenset({"linux", "network"}), "bench.yaml")

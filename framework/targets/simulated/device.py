@@ -472,7 +472,9 @@ class _Files:
         self._device = device
 
     def connect(self, path: str) -> Any:
-        return Connection(path)
+        data = self._device.data
+        assert data is not None
+        return Connection(path, data)
 
     def exists(self, path: str) -> bool:
         data = self._device.data

@@ -105,6 +105,11 @@ class FileSystem:
         self._freed: list[int] = []
         self._changed = False
 
+    @property
+    def off(self) -> bool:
+        """Whether the power is gone."""
+        return self._drive.off
+
     def exists(self, name: str) -> bool:
         """Say whether there is such a file, durable or not."""
         if self._drive.off:
