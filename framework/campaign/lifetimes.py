@@ -9,6 +9,7 @@ of an emulated run, and the judge is the same (`framework.verdict`).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -161,11 +162,41 @@ class Lifetime:
     exposed: int
     """How many of them faults could strike: the last retry is spared."""
     struck: tuple[Strike, ...]
+    drives: tuple[str, ...] = ()
+    """The SHA-256 of the whole drive after each power cut, if that was asked for."""
 
 
-def live(laboratory: Laboratory, schedule: Schedule) -> Lifetime:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """A drive operation of a lifetime, in the terms of the updater.
+
+    Attributes:
+        number: counted over the lifetime from 1.
+        state: the client's last state when it was carried out, Idle before the first.
+        kind: "write" or "flush".
+        area: "environment", "slot a", "slot b", "data"; "" for a flush.
+        length: bytes written.
+        starts: how often the device has been started.
+    """
+
+    number: int
+    state: str
+    kind: str
+    area: str
+    length: int
+    starts: int
+
+
+def live(laboratory: Laboratory, schedule: Schedule, *, hash_drives: bool = False) -> Lifetime:
     """Run one lifetime and judge it."""
-    return _Life(laboratory, schedule).run()
+    return _Life(laboratory, schedule, hash_drives=hash_drives).run()
+
+
+def trace(laboratory: Laboratory, schedule: Schedule) -> list[Operation]:
+    """Run one lifetime and return its drive's operations."""
+    life = _Life(laboratory, schedule, traced=True)
+    life.run()
+    return life.operations
 
 
 class _Plan:
@@ -198,6 +229,40 @@ class _Plan:
         self.due = 0
 
 
+class _TracingPlan(_Plan):
+    """Sees every operation, and has the schedule's faults happen."""
+
+    def __init__(
+        self,
+        faults: tuple[Fault, ...],
+        strike: Callable[[Fault], None],
+        see: Callable[[Step], None],
+    ) -> None:
+        super().__init__(faults, strike)
+        self._see = see
+        self.due = 1
+
+    def at(self, step: Step) -> Action:
+        self._see(step)
+        action = super().at(step) if step.number in self._faults else ""
+        self.due = step.number + 1
+        return action
+
+    def disarm(self) -> None:
+        due = self.due
+        super().disarm()
+        self.due = due
+
+
+def area_of(offset: int) -> str:
+    """The area of the drive that a byte is in."""
+    if offset < SLOT_OFFSETS["a"]:
+        return "environment"
+    if offset >= DATA_OFFSET:
+        return "data"
+    return "slot b" if offset >= SLOT_OFFSETS["b"] else "slot a"
+
+
 _MODELS: dict[str, CacheModel] = {}
 
 
@@ -209,9 +274,23 @@ def _model(name: str) -> CacheModel:
 
 
 class _Life:
-    def __init__(self, laboratory: Laboratory, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        laboratory: Laboratory,
+        schedule: Schedule,
+        *,
+        hash_drives: bool = False,
+        traced: bool = False,
+    ) -> None:
         self._schedule = schedule
-        self._plan = _Plan(schedule.faults, self._strike)
+        self.operations: list[Operation] = []
+        self._plan = (
+            _TracingPlan(schedule.faults, self._strike, self._see)
+            if traced
+            else _Plan(schedule.faults, self._strike)
+        )
+        self._hash_drives = hash_drives
+        self._drives: list[str] = []
         self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
         early = None
         if schedule.early:
@@ -268,6 +347,7 @@ class _Life:
             self._drive.operations,
             exposed,
             tuple(self._struck),
+            tuple(self._drives),
         )
 
     # Steps, each of which a power cut may end.
@@ -338,6 +418,9 @@ class _Life:
     def _power_went(self) -> None:
         self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
         self._drive.power_on()
+        if self._hash_drives:
+            content = self._drive.peek(0, self._drive.size_bytes)
+            self._drives.append(hashlib.sha256(content).hexdigest())
         self._look("after the cut")
         self._check_data()
 
@@ -347,6 +430,13 @@ class _Life:
         status = self._device.status()
         if status is not None:
             self._events.append(StatusRead(*status))
+
+    def _see(self, step: Step) -> None:
+        kind = step.kind.name.lower()
+        area = area_of(step.offset) if kind == "write" else ""
+        self.operations.append(
+            Operation(step.number, self._state, kind, area, step.length, self._device.starts)
+        )
 
     def _strike(self, fault: Fault) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
