@@ -129,6 +129,19 @@ def test_random_faults_are_survived(laboratory: Laboratory) -> None:
             Schedule((Fault(10, "flip", "kept", 0),), actions=("stage", "rollback"), fresh=True),
             id="damaged-page",
         ),
+        pytest.param(
+            Schedule((Fault(80, "flip", "kept", 64659), Fault(88)), early=64, seed=27135),
+            id="damaged-json",
+        ),
+        pytest.param(
+            Schedule(
+                (Fault(123, "flip", "kept", 360215),),
+                behaviour="unhealthy",
+                early=64,
+                seed=54435,
+            ),
+            id="damaged-text",
+        ),
     ],
 )
 def test_a_store_that_cannot_be_read_does_not_end_all_updates(
