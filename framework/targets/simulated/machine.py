@@ -57,6 +57,8 @@ from framework.targets.simulated.recorded import DEVICE, RecordedDrive
 from framework.targets.simulated.stock import VARIANTS, info_of, make_stock
 from framework.targets.strategy import Boot, BootOutcome, CommandResult, Fate
 from updater.device import signals
+from updater.device.client import Client, Ports
+from updater.device.config import Config
 
 _CTRL_C = b"\x03"
 _NOT_FOUND = 127
@@ -131,6 +133,7 @@ class SimulatedMachine(Driver, PowerProtocol):  # type: ignore[misc]
         self.last_cut: CutRecord | None = None
         self.pump = SimulatedConsole("simulated", self.send)
         self.device: SimulatedDevice | None = None
+        self.make_client: Callable[[Config, Ports], Client] = Client
         self._folder = Path()
         self._vfs: DataVfs | None = None
         self._run: RunDirectory | None = None
@@ -222,6 +225,7 @@ class SimulatedMachine(Driver, PowerProtocol):  # type: ignore[misc]
             ),
             vfs=self._vfs,
             drive=self._drive,
+            client=self.make_client,
         )
         self.device.print = self._print
         self._plans.clear()
