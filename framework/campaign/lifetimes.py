@@ -22,6 +22,7 @@ from framework.targets.simulated.device import (
     CANARY_CONTENT,
     DATA_BYTES,
     DATA_OFFSET,
+    DONE,
     ENVIRONMENT,
     IMAGE_BYTES,
     SLOT_OFFSETS,
@@ -32,7 +33,7 @@ from framework.targets.simulated.device import (
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
-from framework.targets.simulated.laboratory import Laboratory
+from framework.targets.simulated.laboratory import SCRIPTS, Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -60,6 +61,10 @@ RECOVERIES: Final = 40
 KERNELS: Final = 2
 """Kernels that one start may take: the trial, and after it the system that was there before."""
 
+FORWARD: Final = ("ArtifactInstall", "ArtifactCommit")
+"""The states whose scripts have to have been done when an update is committed."""
+INCONSISTENT: Final = "_INCONSISTENT"
+"""What follows an artifact's name on a device where an error had to be ignored (Mender's word)."""
 DRIVE_FAULTS: Final = ("cut", "error", "flip")
 NETWORK_FAULTS: Final = ("break", "corrupt")
 """A download that ends at a byte, or has one byte changed."""
@@ -107,6 +112,7 @@ class Schedule:
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
+        scripts: the artifact's state scripts, as `Laboratory.artifact` takes them.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -115,6 +121,12 @@ class Schedule:
     early: int = 0
     seed: int = 0
     fresh: bool = False
+    scripts: str = ""
+
+    @property
+    def sick(self) -> bool:
+        """Whether the update must not be committed."""
+        return self.behaviour != "well" or self.scripts.startswith("fail")
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -136,7 +148,8 @@ class Schedule:
     def __str__(self) -> str:
         """The schedule for people."""
         faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
-        return f"{', '.join(self.actions)} an image that is {self.behaviour}: {faults}"
+        scripts = f" with scripts ({self.scripts})" if self.scripts else ""
+        return f"{', '.join(self.actions)} an image that is {self.behaviour}{scripts}: {faults}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -304,6 +317,7 @@ class _Life:
         self._drive = laboratory.drive(self._plan, fresh=schedule.fresh)
         self._device = laboratory.device(
             schedule.behaviour,
+            schedule.scripts,
             drive=self._drive,
             early=early,
             network=self._download,
@@ -327,15 +341,13 @@ class _Life:
         exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
-        if self._schedule.behaviour == "well":
+        if not self._schedule.sick:
             self._retry("v2")
         else:
             self._status()
             self._retry("v3")
         facts = {
-            name: ImageFacts(
-                name, "", IMAGE_BYTES, healthy=name != "v2" or self._schedule.behaviour == "well"
-            )
+            name: ImageFacts(name, "", IMAGE_BYTES, healthy=name != "v2" or not self._schedule.sick)
             for name in self._images
         }
         run = Run(facts, "v1", tuple(self._events), boot_limit=KERNELS)
@@ -411,9 +423,24 @@ class _Life:
         there = self._running == name
         seen = self._look("at the end")
         committed = there and not seen.environment.upgrade_available
-        self._events.append(RetryEnded(name, committed, f"runs {self._running or 'nothing'}"))
+        detail = f"runs {self._running or 'nothing'}"
+        missing = self._undone_scripts(name) if committed else ""
+        if missing:
+            committed, detail = False, f"{detail}, and {missing} was never done"
+        self._events.append(RetryEnded(name, committed, detail))
         self._check_data()
         self._status()
+
+    def _undone_scripts(self, name: str) -> str:
+        """A state script of the update that was committed and has left no sign; "" for none."""
+        data = self._device.data
+        if name != "v2" or not self._schedule.scripts or data is None:
+            return ""
+        told = self._device.status()
+        if told is not None and told[0] == name + INCONSISTENT:
+            return ""  # it failed too late to go back, and that is told
+        forward = [script for script in SCRIPTS if script.startswith(FORWARD)]
+        return next((script for script in forward if not data.exists(DONE + script)), "")
 
     def _power_went(self) -> None:
         self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
@@ -429,7 +456,10 @@ class _Life:
             return
         status = self._device.status()
         if status is not None:
-            self._events.append(StatusRead(*status))
+            name = status[0]
+            if self._device.failed_scripts:
+                name = name.removesuffix(INCONSISTENT)
+            self._events.append(StatusRead(name, *status[1:]))
 
     def _see(self, step: Step) -> None:
         kind = step.kind.name.lower()

@@ -24,7 +24,7 @@ from framework.campaign.kept import keep, live_again
 from framework.campaign.lifetimes import Fault, Schedule, live, trace
 from framework.campaign.models import CACHE_MODELS
 from framework.campaign.promote import faults_of
-from framework.campaign.search import batch, draw, shrink, singles
+from framework.campaign.search import SCRIPTED, batch, draw, shrink, singles
 from framework.cli import cli
 from framework.disk.models import model_from
 from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLost, Step
@@ -97,6 +97,18 @@ def test_a_sick_image_is_left_and_its_cause_is_told(laboratory: Laboratory, beha
     lifetime = live(laboratory, Schedule(behaviour=behaviour))
     assert str(lifetime.verdict) == "PASS"
     assert any("rolled back to v1" in line for line in lifetime.lines)
+
+
+@pytest.mark.parametrize("scripts", sorted(set(SCRIPTED) - {""}))
+def test_state_scripts_run_and_their_failure_is_no_commit(
+    laboratory: Laboratory, scripts: str
+) -> None:
+    lifetime = live(laboratory, Schedule(scripts=scripts))
+    assert str(lifetime.verdict) == "PASS"
+    ran = [line for line in lifetime.lines if line.startswith("updater: state script")]
+    assert "updater: state script ArtifactInstall_Enter_00" in ran
+    rolled_back = "updater: state script ArtifactRollback_Enter_00" in ran
+    assert rolled_back == scripts.startswith("fail")
 
 
 @pytest.mark.parametrize("model", CACHE_MODELS)

@@ -54,6 +54,14 @@ OPERATORS: Final = (
     "core/ExceptionReplacer",
     "core/ZeroIterationForLoop",
 )
+PRELOADED: Final = (
+    "apsw",
+    "cryptography.hazmat.primitives.serialization",
+    "framework.disk.models",
+    "framework.verdict",
+    "updater.artifact.signature",
+)
+"""What nothing of a mutant is in; the processes start with it."""
 LIMIT_S: Final = 120
 KILLED, SURVIVED, HARNESS = 1, 0, 3
 UNSEEN: Final = re.compile(r"_HOUR|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415")
@@ -157,14 +165,15 @@ def _violations() -> Iterator[bool]:
         for actions in sorted(set(search.ACTIONS)):
             yield bad(lifetimes.Schedule(behaviour=behaviour, actions=actions))
     yield bad(lifetimes.Schedule(fresh=True))
+    for scripts in sorted(set(search.SCRIPTED) - {""}):
+        yield bad(lifetimes.Schedule(scripts=scripts))
     for behaviour in ("well", "unhealthy"):
         schedule = lifetimes.Schedule(behaviour=behaviour)
         count = lifetimes.live(laboratory, schedule).exposed
         for at in range(1, count + 1):
             cut = lifetimes.Fault(at, "cut", "kept", at)
             yield bad(lifetimes.Schedule((cut,), behaviour=behaviour))
-    for number in range(2):
-        yield bool(search.batch(laboratory, 1, number, 150).found)
+    yield bool(search.batch(laboratory, 1, 0, 150).found)
 
 
 def main() -> None:
@@ -172,11 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seconds", type=float, default=3600.0, help="when to stop")
     parser.add_argument("--seed", type=int, default=1, help="of the order")
+    parser.add_argument("--skip", type=int, default=0, help="how many of that order to leave out")
     parser.add_argument("--only", default="", help="only changes that contain this text")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutants.json")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    for name in ("apsw", "cryptography.hazmat.primitives.serialization", "numpy", "attrs"):
+    for name in PRELOADED:
         importlib.import_module(name)
     if try_it(None) != SURVIVED:
         sys.exit("the client itself does not survive the lifetimes")
@@ -185,7 +195,7 @@ def main() -> None:
     begun = time.monotonic()
     tried: list[tuple[Mutant, bool]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for mutant in found:
+        for mutant in found[chosen.skip :]:
             if time.monotonic() - begun > chosen.seconds:
                 break
             tried.append((mutant, try_it(mutant) == KILLED))

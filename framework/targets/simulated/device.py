@@ -41,6 +41,7 @@ from updater.device.errors import (
     BootEnvError,
     HealthError,
     InterruptedBySignal,
+    ScriptError,
     SlotError,
     StoreError,
     TransportError,
@@ -67,6 +68,9 @@ _EXT4_MAGIC_AT: Final = 1024 + 56
 _EXT4_MAGIC: Final = b"\x53\xef"
 SICK: Final = {"unhealthy": "50-sick", "offline": "40-network"}
 """Behaviours that a health check finds, and which one."""
+SCRIPT: Final = "script-"
+DONE: Final = "done-"
+"""What a state script's file is called, and the sign that it was done, on the data partition."""
 SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
 
 
@@ -177,6 +181,7 @@ class SimulatedDevice:
         self.listener: Callable[[str], None] = lambda line: None
         self.now = 1000.0
         self.starts = 0
+        self.failed_scripts = 0
         self.slot = ""
         self.image: ImageFile | None = None
         self.data: FileSystem | None = None
@@ -362,6 +367,7 @@ class SimulatedDevice:
             transport=_Transport(self),
             reboot=_Reboot(),
             health=_Health(self),
+            scripts=_Scripts(self),
         )
         return self._client(config, ports)
 
@@ -539,6 +545,89 @@ class _Health:
         image = self._device.image
         if image is not None and image.behaviour in SICK:
             raise HealthError(f"health check {SICK[image.behaviour]} exited with status 1")
+        data = self._device.data
+        assert data is not None
+        for name in ("ArtifactInstall_Enter_00", "ArtifactInstall_Leave_00"):
+            if data.exists(SCRIPT + name) and not data.exists(DONE + name):
+                raise HealthError(f"health check 60-migrated: {name} was not done")
+
+
+class _Scripts:
+    """State scripts as files on the data partition; what one does is in its content.
+
+    `ok`: it leaves an empty file that says that it was done, which the health check of its image
+    and the harness look for. `fail`: it ends with status 1. `later`: it asks twice to be run
+    again, then it is done. The first script of an update takes the signs of earlier ones away.
+    """
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    @property
+    def _data(self) -> FileSystem:
+        assert self._device.data is not None
+        return self._device.data
+
+    def take(self, scripts: Mapping[str, bytes]) -> None:
+        self.drop()
+        try:
+            for name, content in scripts.items():
+                self._data.create(SCRIPT + name)
+                self._data.write(SCRIPT + name, 0, content)
+                self._data.sync(SCRIPT + name)
+            if scripts:
+                self._data.create(SCRIPT + "version")
+                self._data.sync(SCRIPT + "version")
+        except FileSystemError as error:
+            raise StoreError(f"scripts: {error.strerror}") from error
+
+    def drop(self) -> None:
+        try:
+            for name in self._data.names():
+                if name.startswith(SCRIPT):
+                    self._data.remove(name)
+            self._data.sync_directory()
+        except FileSystemError as error:
+            console.say(f"warning: scripts: {error.strerror}")
+
+    def has(self, state: str, action: str) -> bool:
+        return bool(self._found(state, action))
+
+    def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
+        first = ""
+        for name in self._found(state, action):
+            try:
+                self._run_one(name)
+            except ScriptError as error:
+                self._device.failed_scripts += 1
+                if not ignore_errors:
+                    raise
+                first = first or str(error)
+        return first
+
+    def _found(self, state: str, action: str) -> list[str]:
+        if not self._data.exists(SCRIPT + "version"):
+            return []
+        start = f"{SCRIPT}{state}_{action}_"
+        return sorted(name for name in self._data.names() if name.startswith(start))
+
+    def _run_one(self, path: str) -> None:
+        name = path.removeprefix(SCRIPT)
+        console.say(f"state script {name}")
+        try:
+            what = self._data.read(path, 0, 16)
+            if what == b"fail":
+                raise ScriptError(f"state script {name} exited with status 1")
+            if what == b"later":
+                self._device.now += 120.0
+            if name.startswith("ArtifactInstall_Enter"):
+                for old in self._data.names():
+                    if old.startswith(DONE):
+                        self._data.remove(old)
+            self._data.create(DONE + name)
+            self._data.sync(DONE + name)
+        except FileSystemError as error:
+            raise ScriptError(f"state script {name}: {error.strerror}") from error
 
 
 class _Reboot:

@@ -110,6 +110,12 @@ class FileSystem:
         """Whether the power is gone."""
         return self._drive.off
 
+    def names(self) -> list[str]:
+        """All files, durable or not."""
+        if self._drive.off:
+            raise PowerLost
+        return list(self._files)
+
     def exists(self, name: str) -> bool:
         """Say whether there is such a file, durable or not."""
         if self._drive.off:

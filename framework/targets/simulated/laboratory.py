@@ -24,6 +24,15 @@ from updater.artifact.signature import load_private_key
 from updater.device.client import Client, Ports
 from updater.device.config import Config
 
+SCRIPTS = (
+    "ArtifactInstall_Enter_00",
+    "ArtifactInstall_Leave_00",
+    "ArtifactCommit_Enter_00",
+    "ArtifactCommit_Leave_00",
+    "ArtifactRollback_Enter_00",
+    "ArtifactFailure_Enter_00",
+)
+"""The state scripts of an artifact that has some."""
 IMAGES = ("v1", "v2", "v3")
 """What a device is made with, what it is updated to, and one more, which is well."""
 
@@ -50,7 +59,7 @@ class Laboratory:
             path = self._folder / f"{name}.info"
             path.write_text(f"artifact_name={name}\n")
             self._info[name] = str(path)
-        self._artifacts: dict[tuple[str, str], bytes] = {}
+        self._artifacts: dict[tuple[str, str, str], bytes] = {}
         self._used = self._provision()
 
     def close(self) -> None:
@@ -61,16 +70,20 @@ class Laboratory:
     def device(
         self,
         behaviour: str,
+        scripts: str = "",
         *,
         drive: Disk,
         early: Callable[[], bool] | None = None,
         network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
     ) -> SimulatedDevice:
-        """Make a device, for which v2 is an update that is `behaviour`.
+        """Make a device, for which v2 is an update that is `behaviour`, with `scripts`.
 
         `drive` is one that `drive()` made, or another with its content.
         """
-        artifacts = {"v2": self.artifact("v2", behaviour), "v3": self.artifact("v3", "well")}
+        artifacts = {
+            "v2": self.artifact("v2", behaviour, scripts),
+            "v3": self.artifact("v3", "well"),
+        }
         return SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
             vfs=self._vfs,
@@ -92,9 +105,13 @@ class Laboratory:
         device.provision()
         return drive.read(0, drive.size_bytes)
 
-    def artifact(self, name: str, behaviour: str) -> bytes:
-        """Return the signed artifact of an image."""
-        if (name, behaviour) not in self._artifacts:
+    def artifact(self, name: str, behaviour: str, scripts: str = "") -> bytes:
+        """Return the signed artifact of an image.
+
+        `scripts`: "" for none, "ok" for state scripts that are well, or the name of the one that
+        fails or asks for a later try: "fail ArtifactCommit_Enter_00".
+        """
+        if (name, behaviour, scripts) not in self._artifacts:
             image = self._folder / "rootfs.img"
             image.write_bytes(make_image(name, behaviour))
             made = self._folder / f"{name}.mender"
@@ -105,9 +122,19 @@ class Laboratory:
                 device_types=["simulated"],
                 key=load_private_key(self._key),
                 compression="none",
+                scripts=self._write_scripts(scripts),
             )
-            self._artifacts[name, behaviour] = made.read_bytes()
-        return self._artifacts[name, behaviour]
+            self._artifacts[name, behaviour, scripts] = made.read_bytes()
+        return self._artifacts[name, behaviour, scripts]
+
+    def _write_scripts(self, scripts: str) -> list[Path]:
+        what, _, which = scripts.partition(" ")
+        folder = self._folder / "scripts"
+        folder.mkdir(exist_ok=True)
+        paths = [folder / name for name in SCRIPTS] if scripts else []
+        for path in paths:
+            path.write_text(what if path.name == which else "ok")
+        return paths
 
     def _make_key(self) -> None:
         # Always the same one, so that artifacts are the same bytes everywhere. It signs nothing
