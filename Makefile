@@ -33,6 +33,7 @@ unit: images setup-tests
 
 scenarios: images
 	$(PYTEST) tests/planted --lg-env rigs/qemu-arm64.yaml
+	$(PYTEST) scenarios --lg-env rigs/simulated.yaml
 	@for target in $(TARGETS); do \
 		$(PYTEST) scenarios -m smoke --lg-env rigs/$$target.yaml || exit 1; \
 	done
@@ -41,7 +42,7 @@ scenarios: images
 night: images setup-tests
 	$(PYTEST) tests --ignore tests/planted -m night
 	.venv/bin/brownout simulate --lifetimes 100000 --single --double kept --double torn
-	@for rig in rigs/*.yaml; do \
+	@for rig in rigs/qemu-*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done
 

@@ -362,6 +362,8 @@ def import_log_command(log: Path, image: Path, facts: Path, device: str, output:
     help="every pair of power cuts of one update under this cache model; repeatable",
 )
 @click.option("--replay", metavar="FILE", help="live through one schedule, and show it")
+@click.option("--promote", metavar="FILE", help="live through one schedule on the rig --rig")
+@RIG
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -376,6 +378,8 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     single: bool,
     double: tuple[str, ...],
     replay: str | None,
+    promote: str | None,
+    rig: Path | None,
     output: Path,
 ) -> None:
     """Live through updates on simulated devices, with every kind of fault.
@@ -383,9 +387,11 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     Example: brownout simulate --lifetimes 100000 --seed 7 --single --double kept
     """
     # Only here: SQLite's VFS and the client's code are not needed for the rest.
-    from framework.simulator import Search, run_replay, run_simulate  # noqa: PLC0415
+    from framework.simulator import Search, run_promote, run_replay, run_simulate  # noqa: PLC0415
 
     console = Console()
+    if promote is not None:
+        raise SystemExit(run_promote(promote, rig or Path("rigs/qemu-arm64.yaml"), console))
     if replay is not None:
         raise SystemExit(run_replay(replay, console))
     search = Search(lifetimes, seed, workers, single=single, double=double)
@@ -407,13 +413,18 @@ def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
     Example: brownout replay build/bundles/test-power.bundle
     """
     console = Console()
-    where = rig or Path("rigs") / read_bundle(bundle).rig
-    done = run_replay(
-        bundle,
-        where,
-        lambda text: console.print(text, markup=False, soft_wrap=True),
-        disks_only=disks_only,
-    )
+    facts = read_bundle(bundle)
+    if facts.scenario.startswith("simulate "):
+        from framework.simulator import run_bundle  # noqa: PLC0415 - as for `simulate`
+
+        done = run_bundle(facts, console)
+    else:
+        done = run_replay(
+            bundle,
+            rig or Path("rigs") / facts.rig,
+            lambda text: console.print(text, markup=False, soft_wrap=True),
+            disks_only=disks_only,
+        )
     for difference in done.disks:
         console.print(f"not the same: {difference}", markup=False)
     if done.divergence is not None:

@@ -29,7 +29,7 @@ import allure
 import pytest
 
 from framework.campaign.collect import Collector
-from framework.faults import Fault, UnfiredError
+from framework.faults import Fault, MissingFeatureError, Trigger, UnfiredError
 from framework.network import FaultProxy, ProxyEvent
 from framework.report import ResultStore
 from framework.scenario.arming import Faults, missing_features
@@ -57,6 +57,7 @@ MARKERS = (
     "smoke: the few scenarios that say most",
     "managed: the device's daemon gets its updates from a management server",
 )
+MANAGED_NEEDS = frozenset({"network", "linux"})
 SLOW_STEP_S = 1.0
 COLLECTOR = pytest.StashKey[Collector]()
 
@@ -135,18 +136,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _skip_what_the_rig_lacks(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip scenarios whose parameters are faults that this rig can't do, naming the features."""
+    """Skip scenarios that are for other rigs, naming the features, as far as that is known yet."""
     rig = config.getoption("lg_env", default=None)
     if rig is None:
         return
     features: frozenset[str] | None = None
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if not any(isinstance(value, Fault) for value in parameters):
+        managed = item.get_closest_marker("managed") is not None
+        if not managed and not any(isinstance(value, Fault | Trigger) for value in parameters):
             continue
         if features is None:
             features = rig_features(Path(rig))
-        missing = sorted(missing_features(parameters, features))
+        lacking = missing_features(parameters, features)
+        if managed:
+            lacking |= MANAGED_NEEDS - features
+        missing = sorted(lacking)
         if missing:
             lacks = f"needs the feature {', '.join(missing)}, which {Path(rig).name} does not have"
             item.add_marker(pytest.mark.skip(reason=lacks))
@@ -306,6 +311,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
                 "the scenario did nothing with the device that could be judged: "
                 "install(), reboot(), restore() or another step is missing"
             )
+    except MissingFeatureError as error:
+        pytest.skip(str(error))
     except BaseException as error:  # noqa: BLE001 - recorded, then raised again
         failure = error
     verdict = device.verdict()

@@ -22,15 +22,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from framework.campaign.bundle import SUFFIX, Bundle, read_bundle
+from framework.campaign.kept import RIG, is_simulated, keep, live_again, schedule_of
 from framework.campaign.lifetimes import Fault, Schedule, live
 from framework.campaign.models import CACHE_MODELS
+from framework.campaign.replay import Replayed
 from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
+from framework.faults import FaultError
 from framework.targets.errors import SimulationError
 from framework.targets.simulated.laboratory import Laboratory
+from framework.verdict import Outcome
 
 FILE_VERSION: Final = 1
 EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
+CHECKPOINT_S: Final = 10.0
 MAX_FILES: Final = 20
 """Violations that are shrunk and kept; more are counted."""
 
@@ -73,29 +79,51 @@ def run_simulate(search: Search, output: Path, console: Console) -> int:
         _pool(search.workers) as pool,
     ):
         task = progress.add_task("", total=len(jobs), rate="", bad="")
-        for part in _run(pool, jobs, search.workers):
-            tally.add(part)
-            elapsed = time.monotonic() - begun
-            bad = f"[red]{len(tally.found)} violations" if tally.found else ""
-            rate = f"{tally.lifetimes} at {tally.lifetimes / elapsed:.0f}/s"
-            progress.update(task, advance=1, rate=rate, bad=bad)
-    elapsed = time.monotonic() - begun
-    _show(console, search, tally, elapsed)
-    if not tally.found:
-        return EXIT_CLEAN
-    _keep(tally.found, output, console)
-    return EXIT_VIOLATIONS
+        written = begun
+        try:
+            for part in _run(pool, jobs, search.workers):
+                tally.add(part)
+                elapsed = time.monotonic() - begun
+                bad = f"[red]{len(tally.found)} violations" if tally.found else ""
+                rate = f"{tally.lifetimes} at {tally.lifetimes / elapsed:.0f}/s"
+                progress.update(task, advance=1, rate=rate, bad=bad)
+                if time.monotonic() - written > CHECKPOINT_S:
+                    written = time.monotonic()
+                    _checkpoint(output, search, tally, elapsed)
+        except KeyboardInterrupt:
+            # What was seen so far is as true as the rest would be.
+            _show(console, search, tally, time.monotonic() - begun)
+            _keep(tally.found, output, search.seed, console)
+            raise
+    _show(console, search, tally, time.monotonic() - begun)
+    _keep(tally.found, output, search.seed, console)
+    return EXIT_VIOLATIONS if tally.found else EXIT_CLEAN
+
+
+def _checkpoint(output: Path, search: Search, tally: Tally, elapsed_s: float) -> None:
+    """Leave the figures so far in a file: of a run of hours, not all may be lost."""
+    values = {
+        "seed": search.seed,
+        "lifetimes": tally.lifetimes,
+        "seconds": round(elapsed_s, 1),
+        "operations": tally.operations,
+        "faults": tally.fired,
+        "verdicts": dict(sorted(tally.verdicts.items())),
+        "violations": [json.loads(found.schedule.to_json()) for found in tally.found[:MAX_FILES]],
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / "progress.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise SimulationError(f"{output}: {error.strerror}") from error
 
 
 def run_replay(given: str, console: Console) -> int:
     """Live through one schedule (a violation's file, or the schedule itself) and show it."""
-    text = given
-    if not given.lstrip().startswith("{"):
-        try:
-            text = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SimulationError(f"{given}: {error}") from error
-    schedule = _read_schedule(text, given)
+    schedule = _schedule_of(given)
     laboratory = Laboratory()
     try:
         lifetime = live(laboratory, schedule)
@@ -109,6 +137,63 @@ def run_replay(given: str, console: Console) -> int:
         if finding.held is False:
             console.print(f"  {finding.invariant}: {finding.evidence}", markup=False)
     return EXIT_VIOLATIONS if lifetime.verdict.violated else EXIT_CLEAN
+
+
+def run_bundle(bundle: Bundle, console: Console) -> Replayed:
+    """Live through the schedule of a bundle again; what differs."""
+    console.print(f"{bundle.title}: {bundle.verdict}", highlight=False, markup=False)
+    laboratory = Laboratory()
+    try:
+        return live_again(laboratory, bundle)
+    finally:
+        laboratory.close()
+
+
+def run_promote(given: str, rig: Path, console: Console) -> int:
+    """Live through a violation's schedule on another rig; return the exit code."""
+    from framework.campaign.promote import faults_of, promote, variants_of  # noqa: PLC0415
+    from framework.scenario.bench import open_bench_on  # noqa: PLC0415
+
+    schedule = _schedule_of(given)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    laboratory = Laboratory()
+    try:
+        say(f"{schedule}: {live(laboratory, schedule).verdict} on {RIG}")
+        chosen = faults_of(laboratory, schedule)
+    except FaultError as error:
+        raise SimulationError(str(error)) from error
+    finally:
+        laboratory.close()
+    try:
+        with contextlib.closing(open_bench_on(rig, variants_of(schedule))) as bench:
+            verdict = promote(schedule, chosen, bench, rig, say)
+    except FaultError as error:
+        raise SimulationError(str(error)) from error
+    say(f"{verdict} on {rig.name}")
+    for finding in verdict.findings:
+        if finding.held is False:
+            say(f"  {finding.invariant}: {finding.evidence}")
+    return EXIT_CLEAN if verdict.outcome is Outcome.PASS else EXIT_VIOLATIONS
+
+
+def _schedule_of(given: str) -> Schedule:
+    """The schedule in a bundle, in a file, or itself."""
+    if given.lstrip().startswith("{"):
+        return _read_schedule(given, "the schedule")
+    path = Path(given)
+    if path.suffix == SUFFIX:
+        bundle = read_bundle(path)
+        if not is_simulated(bundle):
+            raise SimulationError(f"{path}: a bundle of {bundle.rig}, not of a simulated lifetime")
+        return schedule_of(bundle)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SimulationError(f"{given}: {error}") from error
+    return _read_schedule(text, given)
 
 
 def _read_schedule(text: str, name: str) -> Schedule:
@@ -201,7 +286,7 @@ def _run(pool: ProcessPoolExecutor, jobs: list[Job], workers: int) -> Iterator[T
 
 
 def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> None:
-    rate = tally.lifetimes / elapsed_s
+    rate = tally.lifetimes / max(elapsed_s, 1e-9)
     console.print(
         f"{tally.lifetimes:,} lifetimes, {tally.operations:,} drive operations, {tally.fired:,}"
         f" faults struck, in {elapsed_s:.1f} s ({rate:.0f}/s with {search.workers} processes,"
@@ -218,8 +303,10 @@ def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> N
         console.print(f"{verdict}: {count:,}", highlight=False)
 
 
-def _keep(found: list[Found], output: Path, console: Console) -> None:
-    """Shrink the violations, write a file for each different one, say how to replay it."""
+def _keep(found: list[Found], output: Path, seed: int, console: Console) -> None:
+    """Shrink the violations, write a bundle for each different one, say how to replay it."""
+    if not found:
+        return
     laboratory = Laboratory()
     kept: dict[str, str] = {}
     try:
@@ -229,21 +316,13 @@ def _keep(found: list[Found], output: Path, console: Console) -> None:
             text = smallest.to_json()
             if text in kept:
                 continue
-            lifetime = live(laboratory, smallest)
-            path = output / f"violation-{len(kept) + 1}.json"
+            lifetime = live(laboratory, smallest, hash_drives=True)
+            path = output / f"violation-{len(kept) + 1}{SUFFIX}"
             kept[text] = str(path)
-            values = {
-                "version": FILE_VERSION,
-                "schedule": json.loads(text),
-                "drawn": json.loads(violation.schedule.to_json()),
-                "verdict": str(lifetime.verdict),
-                "findings": violation.detail,
-                "console": lifetime.lines,
-                "shrunk_in_runs": runs,
-            }
-            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            console.print(f"{lifetime.verdict}: {smallest}", highlight=False, markup=False)
-            console.print(f"  brownout simulate --replay {path}", highlight=False, markup=False)
+            keep(path, lifetime, seed)
+            say = f"{lifetime.verdict}: {smallest} (shrunk in {runs} lifetimes)"
+            console.print(say, highlight=False, markup=False)
+            console.print(f"  brownout replay {path}", highlight=False, markup=False)
     except OSError as error:
         raise SimulationError(f"{output}: {error.strerror}") from error
     finally:

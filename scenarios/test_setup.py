@@ -15,7 +15,11 @@ import zstandard
 from framework.disk.ext4check import check_ext4
 from framework.scenario.device import Device, Update
 
-pytestmark = [allure.feature("Operator"), allure.story("Setup and support")]
+pytestmark = [
+    allure.feature("Operator"),
+    allure.story("Setup and support"),
+    pytest.mark.lg_feature("linux"),
+]
 
 STOCK = "/etc/updater/updater.toml"
 MADE = "/data/made.toml"

@@ -9,6 +9,7 @@ of an emulated run, and the judge is the same (`framework.verdict`).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from framework.targets.simulated.device import (
     CANARY_CONTENT,
     DATA_BYTES,
     DATA_OFFSET,
+    DONE,
     ENVIRONMENT,
     IMAGE_BYTES,
+    SLOT_OFFSETS,
     Command,
     Start,
     make_image,
@@ -30,7 +33,7 @@ from framework.targets.simulated.device import (
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
-from framework.targets.simulated.laboratory import Laboratory
+from framework.targets.simulated.laboratory import SCRIPTS, Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -58,6 +61,10 @@ RECOVERIES: Final = 40
 KERNELS: Final = 2
 """Kernels that one start may take: the trial, and after it the system that was there before."""
 
+FORWARD: Final = ("ArtifactInstall", "ArtifactCommit")
+"""The states whose scripts have to have been done when an update is committed."""
+INCONSISTENT: Final = "_INCONSISTENT"
+"""What follows an artifact's name on a device where an error had to be ignored (Mender's word)."""
 DRIVE_FAULTS: Final = ("cut", "error", "flip")
 NETWORK_FAULTS: Final = ("break", "corrupt")
 """A download that ends at a byte, or has one byte changed."""
@@ -105,6 +112,7 @@ class Schedule:
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
+        scripts: the artifact's state scripts, as `Laboratory.artifact` takes them.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -113,6 +121,12 @@ class Schedule:
     early: int = 0
     seed: int = 0
     fresh: bool = False
+    scripts: str = ""
+
+    @property
+    def sick(self) -> bool:
+        """Whether the update must not be committed."""
+        return self.behaviour != "well" or self.scripts.startswith("fail")
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -134,7 +148,8 @@ class Schedule:
     def __str__(self) -> str:
         """The schedule for people."""
         faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
-        return f"{', '.join(self.actions)} an image that is {self.behaviour}: {faults}"
+        scripts = f" with scripts ({self.scripts})" if self.scripts else ""
+        return f"{', '.join(self.actions)} an image that is {self.behaviour}{scripts}: {faults}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,11 +175,41 @@ class Lifetime:
     exposed: int
     """How many of them faults could strike: the last retry is spared."""
     struck: tuple[Strike, ...]
+    drives: tuple[str, ...] = ()
+    """The SHA-256 of the whole drive after each power cut, if that was asked for."""
 
 
-def live(laboratory: Laboratory, schedule: Schedule) -> Lifetime:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """A drive operation of a lifetime, in the terms of the updater.
+
+    Attributes:
+        number: counted over the lifetime from 1.
+        state: the client's last state when it was carried out, Idle before the first.
+        kind: "write" or "flush".
+        area: "environment", "slot a", "slot b", "data"; "" for a flush.
+        length: bytes written.
+        starts: how often the device has been started.
+    """
+
+    number: int
+    state: str
+    kind: str
+    area: str
+    length: int
+    starts: int
+
+
+def live(laboratory: Laboratory, schedule: Schedule, *, hash_drives: bool = False) -> Lifetime:
     """Run one lifetime and judge it."""
-    return _Life(laboratory, schedule).run()
+    return _Life(laboratory, schedule, hash_drives=hash_drives).run()
+
+
+def trace(laboratory: Laboratory, schedule: Schedule) -> list[Operation]:
+    """Run one lifetime and return its drive's operations."""
+    life = _Life(laboratory, schedule, traced=True)
+    life.run()
+    return life.operations
 
 
 class _Plan:
@@ -173,13 +218,13 @@ class _Plan:
     def __init__(self, faults: tuple[Fault, ...], strike: Callable[[Fault], None]) -> None:
         self._strike = strike
         self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
-        self.cut = (model_from("kept"), 0)
+        self.due = min(self._faults, default=0)
+        self.cut = (_model("kept"), 0)
         self.last = 0
 
     def at(self, step: Step) -> Action:
-        fault = self._faults.pop(step.number, None)
-        if fault is None:
-            return ""
+        fault = self._faults.pop(step.number)
+        self.due = min(self._faults, default=0)
         self._strike(fault)
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
@@ -194,6 +239,41 @@ class _Plan:
     def disarm(self) -> None:
         """From here on nothing goes wrong."""
         self._faults.clear()
+        self.due = 0
+
+
+class _TracingPlan(_Plan):
+    """Sees every operation, and has the schedule's faults happen."""
+
+    def __init__(
+        self,
+        faults: tuple[Fault, ...],
+        strike: Callable[[Fault], None],
+        see: Callable[[Step], None],
+    ) -> None:
+        super().__init__(faults, strike)
+        self._see = see
+        self.due = 1
+
+    def at(self, step: Step) -> Action:
+        self._see(step)
+        action = super().at(step) if step.number in self._faults else ""
+        self.due = step.number + 1
+        return action
+
+    def disarm(self) -> None:
+        due = self.due
+        super().disarm()
+        self.due = due
+
+
+def area_of(offset: int) -> str:
+    """The area of the drive that a byte is in."""
+    if offset < SLOT_OFFSETS["a"]:
+        return "environment"
+    if offset >= DATA_OFFSET:
+        return "data"
+    return "slot b" if offset >= SLOT_OFFSETS["b"] else "slot a"
 
 
 _MODELS: dict[str, CacheModel] = {}
@@ -207,9 +287,23 @@ def _model(name: str) -> CacheModel:
 
 
 class _Life:
-    def __init__(self, laboratory: Laboratory, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        laboratory: Laboratory,
+        schedule: Schedule,
+        *,
+        hash_drives: bool = False,
+        traced: bool = False,
+    ) -> None:
         self._schedule = schedule
-        self._plan = _Plan(schedule.faults, self._strike)
+        self.operations: list[Operation] = []
+        self._plan = (
+            _TracingPlan(schedule.faults, self._strike, self._see)
+            if traced
+            else _Plan(schedule.faults, self._strike)
+        )
+        self._hash_drives = hash_drives
+        self._drives: list[str] = []
         self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
         early = None
         if schedule.early:
@@ -220,10 +314,11 @@ class _Life:
             "v2": make_image("v2", schedule.behaviour),
             "v3": make_image("v3"),
         }
+        self._drive = laboratory.drive(self._plan, fresh=schedule.fresh)
         self._device = laboratory.device(
             schedule.behaviour,
-            fresh=schedule.fresh,
-            plan=self._plan,
+            schedule.scripts,
+            drive=self._drive,
             early=early,
             network=self._download,
         )
@@ -243,18 +338,16 @@ class _Life:
                 self._start(self._device.restart)
             else:
                 self._command(action)
-        exposed = self._device.drive.operations
+        exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
-        if self._schedule.behaviour == "well":
+        if not self._schedule.sick:
             self._retry("v2")
         else:
             self._status()
             self._retry("v3")
         facts = {
-            name: ImageFacts(
-                name, "", IMAGE_BYTES, healthy=name != "v2" or self._schedule.behaviour == "well"
-            )
+            name: ImageFacts(name, "", IMAGE_BYTES, healthy=name != "v2" or not self._schedule.sick)
             for name in self._images
         }
         run = Run(facts, "v1", tuple(self._events), boot_limit=KERNELS)
@@ -263,9 +356,10 @@ class _Life:
             judge(run),
             run.events,
             tuple(self._device.lines),
-            self._device.drive.operations,
+            self._drive.operations,
             exposed,
             tuple(self._struck),
+            tuple(self._drives),
         )
 
     # Steps, each of which a power cut may end.
@@ -309,10 +403,12 @@ class _Life:
         """Run a command; None when the power went, after the device has been started again."""
         if not self._running:
             return None
+        command: Command | None = None
         try:
             command = self._device.run(verb, source)
         except PowerLost:
             self._power_went()
+        if command is None:
             self._start(self._device.start)
             return None
         if verb != "install" and command.exit_code == 4:
@@ -327,13 +423,31 @@ class _Life:
         there = self._running == name
         seen = self._look("at the end")
         committed = there and not seen.environment.upgrade_available
-        self._events.append(RetryEnded(name, committed, f"runs {self._running or 'nothing'}"))
+        detail = f"runs {self._running or 'nothing'}"
+        missing = self._undone_scripts(name) if committed else ""
+        if missing:
+            committed, detail = False, f"{detail}, and {missing} was never done"
+        self._events.append(RetryEnded(name, committed, detail))
         self._check_data()
         self._status()
 
+    def _undone_scripts(self, name: str) -> str:
+        """A state script of the update that was committed and has left no sign; "" for none."""
+        data = self._device.data
+        if name != "v2" or not self._schedule.scripts or data is None:
+            return ""
+        told = self._device.status()
+        if told is not None and told[0] == name + INCONSISTENT:
+            return ""  # it failed too late to go back, and that is told
+        forward = [script for script in SCRIPTS if script.startswith(FORWARD)]
+        return next((script for script in forward if not data.exists(DONE + script)), "")
+
     def _power_went(self) -> None:
         self._events.append(PowerCut(self._plan.last, self._plan.model, self._plan.seed))
-        self._device.drive.power_on()
+        self._drive.power_on()
+        if self._hash_drives:
+            content = self._drive.peek(0, self._drive.size_bytes)
+            self._drives.append(hashlib.sha256(content).hexdigest())
         self._look("after the cut")
         self._check_data()
 
@@ -342,7 +456,17 @@ class _Life:
             return
         status = self._device.status()
         if status is not None:
-            self._events.append(StatusRead(*status))
+            name = status[0]
+            if self._device.failed_scripts:
+                name = name.removesuffix(INCONSISTENT)
+            self._events.append(StatusRead(name, *status[1:]))
+
+    def _see(self, step: Step) -> None:
+        kind = step.kind.name.lower()
+        area = area_of(step.offset) if kind == "write" else ""
+        self.operations.append(
+            Operation(step.number, self._state, kind, area, step.length, self._device.starts)
+        )
 
     def _strike(self, fault: Fault) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
@@ -351,7 +475,7 @@ class _Life:
     # Witnesses.
 
     def _look(self, moment: str) -> DiskSeen:
-        found = read_copies(self._device.drive, ENVIRONMENT)
+        found = read_copies(self._drive, ENVIRONMENT)
         variables = found.variables
         count = variables.get("bootcount", "0")
         environment = BootEnvironment(
@@ -366,17 +490,16 @@ class _Life:
         return seen
 
     def _slot(self, slot: str) -> SlotState:
-        content = self._device.read_slot(slot)
         for name, image in self._images.items():
-            if content == image:
+            if self._drive.holds(SLOT_OFFSETS[slot], image):
                 return SlotState(SlotContent.IMAGE, name)
-        if read_head(content) is None:
+        if read_head(self._drive.peek(SLOT_OFFSETS[slot], 512)) is None:
             return SlotState(SlotContent.UNLOADABLE)
         return SlotState(SlotContent.MIXED)
 
     def _check_data(self) -> None:
         try:
-            data = FileSystem(self._device.drive, DATA_OFFSET, DATA_BYTES)
+            data = FileSystem(self._drive, DATA_OFFSET, DATA_BYTES)
             intact = data.read(CANARY, 0, len(CANARY_CONTENT)) == CANARY_CONTENT
             detail = "" if intact else "the canary has changed"
         except (FileSystemError, KeyError) as error:

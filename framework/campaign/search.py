@@ -45,10 +45,19 @@ ACTIONS: Final = (
     ("install", "install"),
     ("stage", "restart", "commit", "commit"),
 )
+SCRIPTED: Final = (
+    *("",) * 8,
+    "ok",
+    "ok",
+    "later ArtifactInstall_Leave_00",
+    "fail ArtifactInstall_Enter_00",
+    "fail ArtifactInstall_Leave_00",
+    "fail ArtifactCommit_Enter_00",
+)
 KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
-DOWNLOAD_BYTES: Final = 100_000
+DOWNLOAD_BYTES: Final = 108_000
 _SHRINK_RUNS: Final = 400
 
 
@@ -145,6 +154,7 @@ def draw(rng: random.Random) -> Schedule:
         early=rng.choice((0, 0, 64)),
         seed=rng.randrange(1 << 16),
         fresh=rng.random() < 0.25,
+        scripts=rng.choice(SCRIPTED),
     )
 
 
@@ -158,7 +168,10 @@ def vary(rng: random.Random, schedule: Schedule) -> Schedule:
         del faults[rng.randrange(len(faults))]
     elif choice == 2:
         return dataclasses.replace(
-            schedule, behaviour=rng.choice(BEHAVIOURS), actions=rng.choice(ACTIONS)
+            schedule,
+            behaviour=rng.choice(BEHAVIOURS),
+            actions=rng.choice(ACTIONS),
+            scripts=rng.choice(SCRIPTED),
         )
     else:
         index = rng.randrange(len(faults))
@@ -222,6 +235,8 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
                 yield dataclasses.replace(schedule, actions=rest)
     if schedule.behaviour != "well":
         yield dataclasses.replace(schedule, behaviour="well")
+    if schedule.scripts:
+        yield dataclasses.replace(schedule, scripts="")
     if schedule.fresh:
         yield dataclasses.replace(schedule, fresh=False)
     if schedule.early:

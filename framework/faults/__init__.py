@@ -10,6 +10,7 @@ from framework.faults.base import (
 )
 from framework.faults.errors import (
     FaultError,
+    MissingFeatureError,
     UnfiredError,
 )
 from framework.faults.guest import (
@@ -131,6 +132,7 @@ __all__ = [
     "LyingFlushes",
     "MachineEvent",
     "MemoryPressure",
+    "MissingFeatureError",
     "NameGone",
     "NetworkDrop",
     "NetworkSlow",

@@ -47,7 +47,7 @@ class Fault:
 
     def features(self) -> frozenset[str]:
         """The labgrid features that fault and trigger need."""
-        return self.needs | _features_of(self.trigger)
+        return self.needs | features_of(self.trigger)
 
     def __str__(self) -> str:
         """The fault as a sentence."""
@@ -55,12 +55,13 @@ class Fault:
         return f"{self.what()}{when}{self.details()}"
 
 
-def _features_of(trigger: Trigger | None) -> frozenset[str]:
+def features_of(trigger: Trigger | None) -> frozenset[str]:
+    """The labgrid features that a trigger needs."""
     if trigger is None:
         return frozenset()
     needs = trigger.needs
     if isinstance(trigger, After):
-        needs |= trigger.first.features() | _features_of(trigger.then)
+        needs |= trigger.first.features() | features_of(trigger.then)
     if isinstance(trigger, AtState) and trigger.within:
         needs |= DiskTrigger.needs
     return needs

@@ -22,7 +22,7 @@ class GuestFamily(Fault):
     """Base of the faults that the device does to itself, on order."""
 
     family: ClassVar[str] = "guest"
-    needs: ClassVar[frozenset[str]] = frozenset({"network"})
+    needs: ClassVar[frozenset[str]] = frozenset({"linux", "network"})
 
 
 @frozen
@@ -55,7 +55,7 @@ class KernelPanic(GuestFamily):
 class Hang(GuestFamily):
     """The system hangs: nothing gets the processor any more, the watchdog is not fed."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"network", "watchdog"})
+    needs: ClassVar[frozenset[str]] = frozenset({"linux", "network", "watchdog"})
     restarts: ClassVar[bool] = True
 
     def what(self) -> str:
@@ -92,6 +92,7 @@ class Clock(Fault):
     """
 
     family: ClassVar[str] = "clock"
+    needs: ClassVar[frozenset[str]] = frozenset({"linux"})
 
     at: datetime.datetime = field(converter=_utc)
 

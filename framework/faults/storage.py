@@ -137,6 +137,7 @@ class DataFull(Fault):
     """
 
     family: ClassVar[str] = "storage"
+    needs: ClassVar[frozenset[str]] = frozenset({"linux"})
 
     leave_bytes: int = field(default=0, validator=validators.ge(0))
 

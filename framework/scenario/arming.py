@@ -28,6 +28,7 @@ from framework.faults import (
     PowerCut,
     Trigger,
 )
+from framework.faults.base import features_of
 from framework.faults.triggers import DiskTrigger, StreamTrigger
 from framework.network import FaultProxy
 from framework.scenario.device import Device, Update
@@ -243,6 +244,11 @@ class Pending:
 
 
 def missing_features(faults: Iterable[object], features: frozenset[str]) -> frozenset[str]:
-    """What a rig lacks for the faults among some values (the parameters of a scenario)."""
-    needed = frozenset[str]().union(*(f.features() for f in faults if isinstance(f, Fault)))
+    """What a rig lacks for the faults and triggers among the parameters of a scenario."""
+    needed = frozenset[str]()
+    for one in faults:
+        if isinstance(one, Fault):
+            needed |= one.features()
+        elif isinstance(one, Trigger):
+            needed |= features_of(one)
     return needed - features

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from attrs import define
 
-from framework.scenario.device import Device, Machine, Update
+from framework.scenario.device import Device, Machine, Strategy, Update
 from framework.scenario.managed import ManagedDevice
 from framework.scenario.management import SERVER_NAME, ManagementServer
 from framework.scenario.manifest import ManifestError, TargetManifest
+from framework.targets.errors import RigError
 from framework.targets.rig import load_rig
-from framework.targets.strategy import SlotStrategy
 from framework.targets.uut import BrownoutUpdater, UpdaterUnderTest, UutError
-from images import ImageError, TargetImages, build_target
+from images import ImageError, Places, TargetImages, build_target, recipe_names
+from images.keys import ensure_keys
 from updater.server import ArtifactFileServer, ServerError
 
 ARTIFACT_FOLDER = "artifacts"
@@ -43,7 +44,7 @@ class Bench:
     """
 
     machine: Machine
-    strategy: SlotStrategy
+    strategy: Strategy
     images: TargetImages
     server: ArtifactFileServer
     uut: UpdaterUnderTest
@@ -79,6 +80,9 @@ class Bench:
             "say": say,
             "step": step,
         }
+        read_data = getattr(self.machine, "read_data", None)
+        if read_data is not None:
+            common["data_reader"] = read_data
         if managed:
             return ManagedDevice(**common, server=self.management())
         return Device(**common)
@@ -110,6 +114,14 @@ class Bench:
         self.strategy.transition("off")
 
 
+def _stock_of(machine: Any, target_name: str, variants: Sequence[str]) -> TargetImages:
+    """The images of a machine that makes its own."""
+    build = Places().build
+    ensure_keys(build / "keys")
+    folder = build / target_name
+    return TargetImages(target_name, folder, machine.make_stock(folder, variants))
+
+
 def open_bench(request: pytest.FixtureRequest, variants: Sequence[str]) -> Bench:
     """Build the images, activate the machine of pytest's `--lg-env`, start the server.
 
@@ -139,15 +151,19 @@ def open_bench_on(rig: Path, variants: Sequence[str]) -> Bench:
 
 def _open(target_name: str, find_target: Callable[[], Any], variants: Sequence[str]) -> Bench:
     try:
-        images = build_target(target_name, variants, relock_if_gone=True)
-        strategy: SlotStrategy = find_target().get_strategy()
+        built = target_name in recipe_names()
+        if built:
+            images = build_target(target_name, variants, relock_if_gone=True)
+        strategy: Any = find_target().get_strategy()
         strategy.transition("off")
-        machine: Machine = strategy.power
+        machine: Any = strategy.power
+        if not built:
+            images = _stock_of(machine, target_name, variants)
         keys = images.directory.parent / "keys"
         artifacts = images.directory / ARTIFACT_FOLDER
         artifacts.mkdir(exist_ok=True)
         server = ArtifactFileServer(artifacts, keys / "server.pem", keys / "server.key").start()
-    except (ImageError, ManifestError, ServerError, UutError, OSError) as error:
+    except (ImageError, ManifestError, RigError, ServerError, UutError, OSError) as error:
         raise BenchError(str(error)) from error
     bench = Bench(
         machine, strategy, images, server, BrownoutUpdater(), artifacts, keys / "artifact.key"

@@ -23,11 +23,11 @@ from attrs import Factory, define, evolve, frozen
 from framework.console import ConsoleDeath, ConsoleLost, ConsolePump, ConsoleTimeout, Line
 from framework.disk import Armed, CacheModel, CutRecord, Recorder, Trigger
 from framework.report import Moment
-from framework.scenario.inspect import check_data, look
+from framework.scenario.inspect import DataReader, check_data, check_other_data, look
 from framework.scenario.manifest import TargetManifest
 from framework.targets.errors import InfrastructureError
 from framework.targets.qemu import PowerLoss, QmpEvent
-from framework.targets.strategy import BootOutcome, CommandResult, Fate, SlotStrategy
+from framework.targets.strategy import BootOutcome, CommandResult, Fate
 from framework.targets.uut import UpdaterUnderTest
 from framework.verdict import (
     BootSeen,
@@ -90,6 +90,9 @@ class Machine(Protocol):
     def get(self) -> bool:
         """Whether it has power."""
 
+    def send(self, data: bytes) -> None:
+        """Type something on the console, from any thread, without blocking."""
+
     def set_link(self, up: bool) -> None:
         """Plug the network cable in or out."""
 
@@ -98,6 +101,24 @@ class Machine(Protocol):
 
     def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call `listener` for every event of the machine's monitor; returns its removal."""
+
+
+class Strategy(Protocol):
+    """What a `Device` asks of the strategy that starts it."""
+
+    def transition(self, state: str) -> Any:
+        """Bring it to `off` or `ready`."""
+
+    def boot(self, budget_s: float | None = None, *, adopt: bool = True) -> BootOutcome:
+        """Power it up and see what it does."""
+
+    def await_boot(
+        self, since: int | None = None, budget_s: float | None = None, *, adopt: bool = True
+    ) -> BootOutcome:
+        """See what a device that is starting does."""
+
+    def run(self, command: str, timeout_s: float = 30.0) -> CommandResult:
+        """Run a command in its shell."""
 
 
 @frozen
@@ -134,12 +155,13 @@ class Device:
         before_retry: called before an update is tried again: the faults are over.
         before_power: called before power is given back after a cut.
         after_cut: called after a power cut, before power is given back.
+        data_reader: reads a data partition that is not ext4; None where it is.
         restart_expected: whether a fault makes the device restart, so that its doing so in the
             middle of a step is no failure of the rig.
     """
 
     machine: Machine
-    strategy: SlotStrategy
+    strategy: Strategy
     uut: UpdaterUnderTest
     manifest: TargetManifest
     base: ImageFacts
@@ -149,6 +171,7 @@ class Device:
     before_power: Callable[[], None] = lambda: None
     after_cut: Callable[[CutRecord], None] = lambda cut: None
     restart_expected: Callable[[], bool] = lambda: False
+    data_reader: DataReader | None = None
     events: list[Event] = Factory(list)
     moments: list[Moment] = Factory(list)
     did: list[str] = Factory(list)
@@ -311,13 +334,14 @@ class Device:
         """Check the data partition on the disk, and the file that was synced at the start."""
         if self.canary_sha256 is None:
             return
-        checked = check_data(
-            self.machine.recorder.disk,
-            self.manifest.data,
-            self.manifest.data_repair,
-            CANARY_PATH,
-            self.canary_sha256,
-        )
+        disk, data = self.machine.recorder.disk, self.manifest.data
+        if self.data_reader is None:
+            repair = self.manifest.data_repair
+            checked = check_data(disk, data, repair, CANARY_PATH, self.canary_sha256)
+        else:
+            checked = check_other_data(
+                disk, data, self.data_reader, CANARY_PATH, self.canary_sha256
+            )
         self._event(checked)
         self.note("disk", f"data partition: {checked.detail}")
 

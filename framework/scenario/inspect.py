@@ -116,6 +116,24 @@ def _reduce(
     )
 
 
+DataReader = Callable[[LazyDisk, int, int, str], bytes | None]
+"""Reads a file of a data partition that is not ext4: disk, offset, length and name."""
+
+
+def check_other_data(
+    open_disk: OpenDisk, data: Extent, reader: DataReader, path: str, sha256: str
+) -> DataChecked:
+    """As `check_data`, for a target with a file system of its own."""
+    try:
+        with open_disk(data.device) as disk:
+            content = reader(disk, data.offset, data.length, path.lstrip("/"))
+    except OSError as error:
+        return DataChecked(False, False, f"file system damaged: {error.strerror}")
+    intact = content is not None and hashlib.sha256(content).hexdigest() == sha256
+    kept = "intact" if intact else "missing" if content is None else "changed"
+    return DataChecked(True, intact, f"file system clean, synced file {kept}")
+
+
 def check_data(
     open_disk: OpenDisk, data: Extent, repair: Repair | None, path: str, sha256: str
 ) -> DataChecked:

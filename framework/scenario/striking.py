@@ -136,8 +136,8 @@ def action_of(around: Surroundings, fault: Fault) -> Action:
         case LinkDown():
             return _link(around, fault)
         case Interrupt(times=times):
-            pump = around.device.machine.pump
-            return Action(lambda: _soon(lambda: pump.write(CTRL_C * times)))
+            send = around.device.machine.send
+            return Action(lambda: send(CTRL_C * times))
         case ClockBattery(at=at):
             machine = around.device.machine
             return Action(

@@ -26,6 +26,7 @@ from framework.faults import (
     Fault,
     FaultError,
     MachineEvent,
+    MissingFeatureError,
     Now,
     NthFlush,
     OnRecord,
@@ -76,11 +77,11 @@ def check_features(fault: Fault, features: frozenset[str], rig: str) -> None:
     """Refuse a fault that this rig can't do.
 
     Raises:
-        FaultError: it names the features that the rig lacks.
+        MissingFeatureError: it names the features that the rig lacks.
     """
     missing = sorted(fault.features() - features)
     if missing:
-        raise FaultError(
+        raise MissingFeatureError(
             f"{fault}: needs the feature {', '.join(missing)}, which the rig {rig} does not have"
         )
 

@@ -57,7 +57,7 @@ from labgrid.protocol import ConsoleProtocol, PowerProtocol, ResetProtocol
 from labgrid.step import step
 from labgrid.strategy.common import Strategy
 
-from framework.console import DEFAULT_DEATHS, ConsolePump, Line, SocketTransport
+from framework.console import DEFAULT_DEATHS, ConsoleError, ConsolePump, Line, SocketTransport
 from framework.console.driver import PumpedConsoleMixin, new_log
 from framework.disk import (
     Armed,
@@ -593,6 +593,15 @@ class RecordedQEMUDriver(
         self._trip_plan = _plan(model, seed)
         self._trip = PowerLoss(cause, None, time.monotonic_ns())
         process.signal_kill()
+
+    def send(self, data: bytes) -> None:
+        """Type something on the console, from any thread, without blocking."""
+
+        def write() -> None:
+            with contextlib.suppress(ConsoleError):
+                self.pump.write(data)
+
+        threading.Thread(target=write, name="typing", daemon=True).start()
 
     def fresh(
         self, images: Mapping[str, Path] | None = None, pflash: Path | None = None

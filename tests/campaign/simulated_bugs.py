@@ -14,7 +14,7 @@ from framework.targets.simulated.laboratory import Laboratory
 from updater.device import bootenv
 from updater.device.client import Client, Ports
 from updater.device.config import Config
-from updater.device.model import Outcome, Result
+from updater.device.model import Outcome, Part, Result
 from updater.device.slot_writer import SlotWriter
 from updater.device.states import Event
 
@@ -152,6 +152,23 @@ class RecordsTheWrongResult(Client):
         return super().clean_up()
 
 
+class NeverRunsLeave(Client):
+    """Skips the scripts behind a state."""
+
+    def _run_scripts(self, state: str, part: Any) -> None:
+        if part is not Part.LEAVE:
+            super()._run_scripts(state, part)
+
+
+class _BeyondTheSlot(_Forwarding):
+    """A partition table that is off by 16 KiB: the end of slot b lies in the data partition."""
+
+    def open_slot(self, slot: Any) -> Any:
+        opened = self._real.open_slot(slot)
+        opened._offset += 16 << 10
+        return opened
+
+
 BUGS = {
     "switch-before-image": Bug(frozenset({2, 4, 6, 7, 8, 1}), SwitchesFirst),
     "no-read-back": Bug(frozenset({2}), NeverReadsBack),
@@ -162,6 +179,8 @@ BUGS = {
     "acknowledges-too-early": Bug(frozenset({3}), SaysCommittedFirst),
     "restarts-for-ever": Bug(frozenset({1, 6, 8}), RestartsForEver),
     "wrong-result-recorded": Bug(frozenset({7}), RecordsTheWrongResult),
+    "scripts-skipped": Bug(frozenset({4, 6}), NeverRunsLeave),
+    "writes-beyond-its-slot": Bug(frozenset({5}), _with(machine=_BeyondTheSlot)),
     "store-never-synced": Bug(frozenset({6, 7}), _with(store=_StoreWithoutSync)),
     "bootcount-off-by-one": Bug(frozenset({8}), quirks=frozenset({"bootcount-off-by-one"})),
     "attempts-not-counted": Bug(frozenset({1, 8}), quirks=frozenset({"does-not-count"})),

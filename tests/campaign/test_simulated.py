@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_bugs import BUGS
 
-from framework.campaign.lifetimes import Fault, Schedule, live
+from framework.campaign.bundle import read_bundle
+from framework.campaign.kept import keep, live_again
+from framework.campaign.lifetimes import Fault, Schedule, live, trace
 from framework.campaign.models import CACHE_MODELS
-from framework.campaign.search import batch, draw, shrink, singles
+from framework.campaign.promote import faults_of
+from framework.campaign.search import SCRIPTED, batch, draw, shrink, singles
 from framework.cli import cli
 from framework.disk.models import model_from
 from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLost, Step
@@ -95,6 +99,18 @@ def test_a_sick_image_is_left_and_its_cause_is_told(laboratory: Laboratory, beha
     assert any("rolled back to v1" in line for line in lifetime.lines)
 
 
+@pytest.mark.parametrize("scripts", sorted(set(SCRIPTED) - {""}))
+def test_state_scripts_run_and_their_failure_is_no_commit(
+    laboratory: Laboratory, scripts: str
+) -> None:
+    lifetime = live(laboratory, Schedule(scripts=scripts))
+    assert str(lifetime.verdict) == "PASS"
+    ran = [line for line in lifetime.lines if line.startswith("updater: state script")]
+    assert "updater: state script ArtifactInstall_Enter_00" in ran
+    rolled_back = "updater: state script ArtifactRollback_Enter_00" in ran
+    assert rolled_back == scripts.startswith("fail")
+
+
 @pytest.mark.parametrize("model", CACHE_MODELS)
 def test_every_single_cut_of_an_update_is_survived(laboratory: Laboratory, model: str) -> None:
     operations = live(laboratory, Schedule()).exposed
@@ -124,6 +140,19 @@ def test_random_faults_are_survived(laboratory: Laboratory) -> None:
         pytest.param(
             Schedule((Fault(10, "flip", "kept", 0),), actions=("stage", "rollback"), fresh=True),
             id="damaged-page",
+        ),
+        pytest.param(
+            Schedule((Fault(80, "flip", "kept", 64659), Fault(88)), early=64, seed=27135),
+            id="damaged-json",
+        ),
+        pytest.param(
+            Schedule(
+                (Fault(123, "flip", "kept", 360215),),
+                behaviour="unhealthy",
+                early=64,
+                seed=54435,
+            ),
+            id="damaged-text",
         ),
     ],
 )
@@ -167,16 +196,76 @@ def _find(name: str, limit: int) -> None:
     pytest.fail(f"{name} was not found within {limit} lifetimes")
 
 
+# What is found is kept, lived through again, and taken to other rigs.
+
+
+def test_a_bundle_of_a_lifetime_is_reproduced_bit_for_bit(
+    laboratory: Laboratory, tmp_path: Path
+) -> None:
+    first = Fault(40, "cut", "torn", 3)
+    last = live(laboratory, Schedule((first,), fresh=True)).exposed
+    schedule = Schedule((first, Fault(last, "cut", "subset", 5)), fresh=True)
+    path = tmp_path / "one.bundle"
+    keep(path, live(laboratory, schedule, hash_drives=True))
+    bundle = read_bundle(path)
+    assert len(bundle.cuts) == 2
+    result = CliRunner().invoke(cli, ["replay", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "reproduced" in result.output
+    other = evolve(bundle.cuts[1], disks={"drive": "0" * 64})
+    done = live_again(laboratory, evolve(bundle, cuts=(bundle.cuts[0], other)))
+    assert done.disks == (f"the drive after cut 1 (operation {other.operation})",)
+    done = live_again(laboratory, evolve(bundle, steps=bundle.steps[:-1]))
+    assert done.divergence is not None
+
+
+def test_a_violation_is_kept_as_a_bundle(tmp_path: Path) -> None:
+    bug = BUGS["no-trial"]
+    laboratory = bug.laboratory()
+    try:
+        lifetime = live(laboratory, Schedule(behaviour="panics"), hash_drives=True)
+        assert lifetime.verdict.violated
+        keep(tmp_path / "bug.bundle", lifetime)
+    finally:
+        laboratory.close()
+    # The shipped client does not do that.
+    result = CliRunner().invoke(cli, ["replay", str(tmp_path / "bug.bundle")])
+    assert result.exit_code == 1
+    assert "diverged at event" in result.output
+
+
+def test_a_schedule_is_said_again_in_the_vocabulary(laboratory: Laboratory) -> None:
+    steps = trace(laboratory, Schedule())
+    live_at = {(o.state, o.area): o.number for o in reversed(steps)}
+    cut = Fault(live_at["Download", "slot b"], "cut", "subset")
+    chosen = list(map(str, faults_of(laboratory, Schedule((cut,)))))
+    assert chosen[0].startswith("power cut when 17 % of the image is written (cache: subset")
+    commit = Fault(live_at["ArtifactCommit", "environment"], "cut", "torn")
+    [said] = map(str, faults_of(laboratory, Schedule((commit,))))
+    assert "ArtifactCommit" in said
+
+
+def test_a_schedule_is_promoted_to_another_rig(laboratory: Laboratory) -> None:
+    steps = trace(laboratory, Schedule())
+    at = next(o.number for o in steps if (o.state, o.area) == ("ArtifactCommit", "environment"))
+    schedule = Schedule((Fault(at, "cut", "torn", 7),))
+    arguments = ["--promote", schedule.to_json(), "--rig", "rigs/simulated.yaml"]
+    result = CliRunner().invoke(cli, ["simulate", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "PASS on simulated.yaml" in result.output
+    assert "never struck" not in result.output
+
+
 # The drive and the file system keep their promises, and no others.
 
 
 class _CutAt:
     def __init__(self, at: int, model: str, seed: int) -> None:
-        self._at = at
+        self.due = at
         self.cut = (model_from(model), seed)
 
     def at(self, step: Step) -> Action:
-        return "cut" if step.number == self._at else ""
+        return "cut"
 
 
 @settings(max_examples=200, deadline=None)

@@ -261,10 +261,10 @@ def test_a_value_out_of_its_range_is_refused_where_it_is_written(
         (power_cut().when(console("x")), {"power-cut"}),
         (connection("fin").when(slot_write(percent=1)), {"network", "power-cut"}),
         (link_down(), {"link"}),
-        (hang(), {"network", "watchdog"}),
+        (hang(), {"linux", "network", "watchdog"}),
         (clock_battery(), {"rtc"}),
-        (clock("2003-01-01"), set()),
-        (clock("2003-01-01").when(state("x").at(percent=1)), {"power-cut"}),
+        (ctrl_c(), set()),
+        (clock("2003-01-01").when(state("x").at(percent=1)), {"linux", "power-cut"}),
         (ctrl_c().when(machine_event("RESET")), {"emulated"}),
         (ctrl_c().when(after(link_down(), flush())), {"link", "power-cut"}),
     ],
@@ -278,8 +278,8 @@ def test_a_fault_knows_the_features_that_it_needs(fault: Fault, needs: set[str])
 
 
 def test_a_rig_that_lacks_a_feature_refuses_the_fault_by_its_name() -> None:
-    check_features(hang(), frozenset({"network", "watchdog"}), "bench.yaml")
+    check_features(hang(), frozenset({"linux", "network", "watchdog"}), "bench.yaml")
     with pytest.raises(
         FaultError, match=r"system hangs: needs the feature watchdog, which the rig bench.yaml"
     ):
-        check_features(hang(), frozenset({"network"}), "bench.yaml")
+        check_features(hang(), frozenset({"linux", "network"}), "bench.yaml")

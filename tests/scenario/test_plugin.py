@@ -7,7 +7,7 @@ pytest_plugins = ["pytester"]
 RIG = """
 targets:
   main:
-    features: [network, power-cut]
+    features: [linux, network, power-cut]
     drivers: {}
 """
 SCENARIOS = """

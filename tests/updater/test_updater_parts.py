@@ -326,6 +326,34 @@ def test_outcomes_of_deployments_wait_until_they_are_reported(tmp_path: Path) ->
     store.close()
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("provides", "'{\"a\"; 1}'"),
+        ("state", "'ArtifactInstbll'"),
+        ("cause", "CAST(x'61ed62' AS TEXT)"),
+    ],
+)
+def test_a_store_with_a_wrong_bit_in_a_value_is_set_aside(
+    tmp_path: Path, column: str, value: str
+) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(str(path))
+    store.save(Update("v2", "v1", "a", "b", State.INSTALL, "boot"))
+    store.close()
+    with sqlite3.connect(path) as damaged:
+        damaged.execute(f"UPDATE update_in_progress SET {column}={value}")
+    damaged.close()
+    store = SqliteStore(str(path))
+    assert store.update() is None
+    assert store.set_aside is not None
+    store.save(Update("v3", "v1", "a", "b", State.DOWNLOAD, "boot"))
+    found = store.update()
+    store.close()
+    assert found is not None
+    assert found.artifact_name == "v3"
+
+
 def test_a_corrupt_store_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"garbage" * 1000)

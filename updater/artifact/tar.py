@@ -157,7 +157,7 @@ class TarReader:
         chunk = memoryview(bytearray(BLOCK * 20))
         seen = 0
         while count := self._source.readinto(chunk):
-            if any(chunk[:count]):
+            if chunk[:count].tobytes().strip(b"\0"):
                 raise ArtifactFormatError(f"{self._where}: data after the end of the archive")
             seen += count
             if seen > _MAX_PADDING_BYTES:
@@ -306,7 +306,7 @@ def _number(field: bytes, where: str, what: str) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.rstrip(b"\0 ").lstrip(b" ")
-    if not digits or any(byte not in b"01234567" for byte in digits):
+    if not digits or digits.strip(b"01234567"):
         raise ArtifactFormatError(f"{where}: a tar header's {what} is not octal")
     return int(digits, 8)
 

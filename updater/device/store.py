@@ -67,6 +67,20 @@ _CORRUPT = (11, 26)
 _UNREADABLE = (10 | 1 << 8, 10 | 2 << 8, 10 | 3 << 8)
 
 
+def _is_damage(error: sqlite3.DatabaseError | ValueError) -> bool:
+    """Whether what the store holds can't be what was put there: pages, or a value in them.
+
+    SQLite has no checksums, so one wrong bit in a text is seen only by who reads it: as JSON, as
+    the name of a state, as UTF-8 (which `sqlite3` says by an error of its own, without a code).
+    """
+    if isinstance(error, ValueError):
+        return not isinstance(error, UnicodeEncodeError)  # that is what was to be written
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return isinstance(error, sqlite3.OperationalError) and "decode" in str(error)
+    return code & 0xFF in _CORRUPT
+
+
 def database_path(data_dir: str) -> str:
     """Return where the store of `data_dir` is."""
     return f"{data_dir}/state.db"
@@ -278,8 +292,8 @@ class SqliteStore:
         try:
             try:
                 return self._attempt(work, kind)
-            except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _CORRUPT:
+            except (sqlite3.DatabaseError, ValueError) as error:
+                if not _is_damage(error):
                     raise
                 # The damage lay behind what opening had looked at.
                 self.close()

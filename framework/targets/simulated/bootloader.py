@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from framework.disk.ubootenv import UbootEnvironment, build_copy, parse_environment
-from framework.targets.simulated.drive import Drive, DriveError
+from framework.targets.simulated.drive import Disk, DriveError
 
 KEYS: Final = (
     "mender_boot_part",
@@ -55,7 +55,7 @@ class EnvironmentArea(NamedTuple):
         return self.first, self.second
 
 
-def read_copies(drive: Drive, area: EnvironmentArea) -> UbootEnvironment:
+def read_copies(drive: Disk, area: EnvironmentArea) -> UbootEnvironment:
     """Read and parse both copies; an unreadable one is an invalid one."""
     contents: list[bytes | None] = []
     for offset in area.offsets:
@@ -77,7 +77,7 @@ class Bootloader:
 
     def __init__(
         self,
-        drive: Drive,
+        drive: Disk,
         area: EnvironmentArea,
         loads: Callable[[str], bool],
         quirks: frozenset[str] = frozenset(),

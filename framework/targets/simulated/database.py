@@ -89,7 +89,8 @@ class DataVfs(apsw.VFS):
     def __init__(self) -> None:
         self.disk: FileSystem | None = None
         self._drawn = 0
-        super().__init__(_NAME, "", maxpathname=128)
+        # SQLite seeds its random numbers from the default VFS, whichever one a connection uses.
+        super().__init__(_NAME, "", makedefault=True, maxpathname=128)
 
     @property
     def _mounted(self) -> FileSystem:
@@ -152,11 +153,16 @@ class DataVfs(apsw.VFS):
 class Connection:
     """An apsw connection with the part of `sqlite3.Connection` that the client's store uses."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, disk: FileSystem) -> None:
+        self._disk = disk
+        # To ask for none seeds them anew (sqlite.org/c3ref/randomness.html): what is written must
+        # not depend on what was drawn before.
+        apsw.randomness(0)
         try:
             self._real = apsw.Connection(path, vfs=_NAME, statementcachesize=32)
         except apsw.Error as error:
-            raise _in_sqlite3(error) from error
+            raise self._as_sqlite3(error) from error
+        self._cursor = self._real.cursor()
 
     @property
     def in_transaction(self) -> bool:
@@ -166,16 +172,16 @@ class Connection:
     def execute(self, sql: str, values: Any = None) -> _Rows:
         """Run one statement; its rows are fetched at once."""
         try:
-            return _Rows(self._real.execute(sql, values).fetchall())
+            return _Rows(self._cursor.execute(sql, values).fetchall())
         except apsw.Error as error:
-            raise _in_sqlite3(error) from error
+            raise self._as_sqlite3(error) from error
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         """Run a statement for every row of values."""
         try:
-            self._real.executemany(sql, rows).fetchall()
+            self._cursor.executemany(sql, rows).fetchall()
         except apsw.Error as error:
-            raise _in_sqlite3(error) from error
+            raise self._as_sqlite3(error) from error
 
     def executescript(self, sql: str) -> None:
         """Run several statements."""
@@ -183,7 +189,14 @@ class Connection:
 
     def close(self) -> None:
         """Close; nothing is written by that."""
+        self._cursor.close(True)
         self._real.close(True)
+
+    def _as_sqlite3(self, error: apsw.Error) -> BaseException:
+        # The power may have gone in the middle of it, or long before, in whose handling this is.
+        if self._disk.off and isinstance(error.__context__, PowerLost):
+            return error.__context__
+        return _in_sqlite3(error)
 
 
 class _Rows:
@@ -206,10 +219,8 @@ def _in_sqlite(error: FileSystemError, extended: int = apsw.SQLITE_IOERR_WRITE) 
     return failed
 
 
-def _in_sqlite3(error: apsw.Error) -> BaseException:
-    """What apsw raises, as the standard library's module would; PowerLost goes through."""
-    if isinstance(error.__context__, PowerLost):
-        return error.__context__
+def _in_sqlite3(error: apsw.Error) -> sqlite3.Error:
+    """What apsw raises, as the standard library's module would."""
     if isinstance(error, apsw.NotADBError | apsw.CorruptError):
         corrupt = sqlite3.DatabaseError(str(error))
         corrupt.sqlite_errorcode = getattr(error, _CODE, apsw.SQLITE_CORRUPT)

@@ -26,7 +26,7 @@ from framework.targets.simulated.bootloader import (
     read_copies,
 )
 from framework.targets.simulated.database import Connection, DataVfs
-from framework.targets.simulated.drive import Drive, DriveError, Plan
+from framework.targets.simulated.drive import Disk, Drive, DriveError
 from framework.targets.simulated.filesystem import (
     PAGE,
     FileSystem,
@@ -41,6 +41,7 @@ from updater.device.errors import (
     BootEnvError,
     HealthError,
     InterruptedBySignal,
+    ScriptError,
     SlotError,
     StoreError,
     TransportError,
@@ -49,8 +50,8 @@ from updater.device.model import Outcome, Result
 from updater.device.store import SqliteStore
 
 ENVIRONMENT: Final = EnvironmentArea(0, 64 << 10, 4 << 10)
-SLOT_BYTES: Final = 96 << 10
-IMAGE_BYTES: Final = 88 << 10
+SLOT_BYTES: Final = 104 << 10
+IMAGE_BYTES: Final = 96 << 10
 SLOT_OFFSETS: Final = {"a": 128 << 10, "b": (128 << 10) + SLOT_BYTES}
 DATA_OFFSET: Final = SLOT_OFFSETS["b"] + SLOT_BYTES
 DATA_BYTES: Final = 192 << 10
@@ -62,6 +63,14 @@ STARTS_LIMIT: Final = 6
 """Kernel starts that one start of the device may take; more is a reboot loop."""
 
 _IMAGE_MAGIC: Final = b"SIMIMAGE"
+# What the harness takes a slot's file system by: ext4's s_magic (framework.scenario.inspect).
+_EXT4_MAGIC_AT: Final = 1024 + 56
+_EXT4_MAGIC: Final = b"\x53\xef"
+SICK: Final = {"unhealthy": "50-sick", "offline": "40-network"}
+"""Behaviours that a health check finds, and which one."""
+SCRIPT: Final = "script-"
+DONE: Final = "done-"
+"""What a state script's file is called, and the sign that it was done, on the data partition."""
 SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
 
 
@@ -76,8 +85,10 @@ class ImageFile(NamedTuple):
 def make_image(name: str, behaviour: str = "well") -> bytes:
     """Make an image: a head that says what it is, and bytes of its own."""
     head = _IMAGE_MAGIC + json.dumps([name, behaviour]).encode()
-    body = random.Random(name).randbytes(IMAGE_BYTES - 512)  # noqa: S311 - not a secret
-    return head.ljust(512, b"\0") + body
+    content = bytearray(head.ljust(512, b"\0"))
+    content += random.Random(name).randbytes(IMAGE_BYTES - 512)  # noqa: S311 - not a secret
+    content[_EXT4_MAGIC_AT : _EXT4_MAGIC_AT + 2] = _EXT4_MAGIC
+    return bytes(content)
 
 
 def read_head(content: bytes) -> ImageFile | None:
@@ -92,7 +103,7 @@ def read_head(content: bytes) -> ImageFile | None:
 
 
 @lru_cache(maxsize=8)
-def factory_content(name: str) -> bytes:
+def factory_content(name: str, behaviour: str = "well") -> bytes:
     """Return the drive of a new device that runs image `name` in slot a."""
     content = bytearray(DRIVE_BYTES)
     variables = {
@@ -105,7 +116,7 @@ def factory_content(name: str) -> bytes:
         content[offset : offset + ENVIRONMENT.size] = build_copy(
             variables, ENVIRONMENT.size, flags=flags
         )
-    content[SLOT_OFFSETS["a"] : SLOT_OFFSETS["a"] + IMAGE_BYTES] = make_image(name)
+    content[SLOT_OFFSETS["a"] : SLOT_OFFSETS["a"] + IMAGE_BYTES] = make_image(name, behaviour)
     format_region(content, DATA_OFFSET, DATA_BYTES)
     drive = Drive(content)
     data = FileSystem(drive, DATA_OFFSET, DATA_BYTES)
@@ -148,9 +159,9 @@ class Surroundings(NamedTuple):
 class SimulatedDevice:
     """One device over many starts.
 
-    `content` is the drive's at the start, `plan` acts on its operations. `early` is the kernel's
-    habit of writing pages back when it likes. `client` makes the client, the shipped one unless a
-    bug is planted; `quirks` are the boot loader's.
+    `early` is the kernel's habit of writing pages back when it likes. `client` makes the client,
+    the shipped one unless a bug is planted; `quirks` are the boot loader's. `print` gets the
+    console's lines, `listener` the client's without their prefix.
     """
 
     def __init__(
@@ -158,18 +169,19 @@ class SimulatedDevice:
         surroundings: Surroundings,
         *,
         vfs: DataVfs,
-        plan: Plan | None = None,
+        drive: Disk,
         early: Callable[[], bool] | None = None,
         client: Callable[[Config, Ports], Client] = Client,
         quirks: frozenset[str] = frozenset(),
-        content: bytes,
     ) -> None:
         self.surroundings = surroundings
-        self.drive = Drive(content, plan)
+        self.drive = drive
+        self.print: Callable[[str], None] = lambda line: None
         self.lines: list[str] = []
         self.listener: Callable[[str], None] = lambda line: None
         self.now = 1000.0
         self.starts = 0
+        self.failed_scripts = 0
         self.slot = ""
         self.image: ImageFile | None = None
         self.data: FileSystem | None = None
@@ -198,10 +210,15 @@ class SimulatedDevice:
             image = read_head(self._read_slot(choice.slot, 512))
             if image is None or image.behaviour in ("panics", "hangs"):
                 evidence = f"slot {choice.slot}: {image.behaviour if image else 'panics'}"
+                if image is None or image.behaviour == "panics":
+                    self.say("Kernel panic - not syncing: this image panics")
                 continue
             evidence = self._initialise(image, choice)
             if not evidence:
                 self.image, self.slot = image, choice.slot
+                self.say(
+                    f"BROWNOUT READY version={image.name} slot={self.slot} boot_id={self.boot_id}"
+                )
                 return Start(True, image, choice.slot, kernels, "")
         return Start(False, None, "", STARTS_LIMIT, evidence)
 
@@ -239,7 +256,7 @@ class SimulatedDevice:
             name = self._make_client(store).artifact_name()
             last = store.last_outcome()
         except StoreError as error:
-            self.lines.append(f"status: {error}")
+            self.say(f"status: {error}")
             return None
         finally:
             store.close()
@@ -252,10 +269,18 @@ class SimulatedDevice:
         store.close()
         self._unmount()
 
-    def read_slot(self, slot: str) -> bytes:
-        """Return a slot's image as the drive holds it, read from outside the device."""
-        offset = SLOT_OFFSETS[slot]
-        return bytes(self.drive._current[offset : offset + IMAGE_BYTES])
+    def status_lines(self) -> list[str]:
+        """Return what `updater status` prints."""
+        store = self._store()
+        try:
+            return self._make_client(store).status()
+        finally:
+            store.close()
+
+    @property
+    def boot_id(self) -> str:
+        """A text in the kernel's form that is different after every start."""
+        return f"{self.starts:08x}-0000-4000-8000-000000000000"
 
     # From the boot loader to the ready line.
 
@@ -264,16 +289,21 @@ class SimulatedDevice:
             return read_head(self._read_slot(slot, 512)) is not None
 
         choice = Bootloader(self.drive, ENVIRONMENT, loads, self._quirks).start()
-        self.lines.append(f"booting slot {choice.slot} trial={int(choice.trial)}")
+        self.say(
+            f"BROWNOUT: booting slot {choice.slot} upgrade_available={int(choice.trial)} "
+            if choice.slot
+            else "BROWNOUT: no slot can be booted"
+        )
         return choice
 
     def _initialise(self, image: ImageFile, choice: Choice) -> str:
         """What init does: mount, mend the environment, `updater resume`; "" once ready."""
         self.slot, self.image = str(choice.slot), image
+        self.say(f"BROWNOUT INIT slot={self.slot}")
         try:
             self.data = FileSystem(self.drive, DATA_OFFSET, DATA_BYTES, self._early)
         except FileSystemError as error:
-            self.lines.append(f"data lost: {error.strerror}")
+            self.say(f"data lost: {error.strerror}")
             self.data = _in_memory()
         self._vfs.disk = self.data
         if choice.environment == 0:
@@ -282,7 +312,7 @@ class SimulatedDevice:
                 try:
                     self.write({name: part}, {"bootcount": "0", "upgrade_available": "0"})
                 except BootEnvError as error:
-                    self.lines.append(f"init: {error}")
+                    self.say(f"init: {error}")
         command = self.run("resume")
         if command.exit_code == EXIT_REBOOT_NEEDED:
             self._unmount()
@@ -295,7 +325,7 @@ class SimulatedDevice:
                 self.data.unmount()
         except FileSystemError as error:
             # init restarts all the same, as `reboot -f` does.
-            self.lines.append(f"init: /data: {error.strerror}")
+            self.say(f"init: /data: {error.strerror}")
 
     def _read_slot(self, slot: str, length: int) -> bytes:
         try:
@@ -303,8 +333,13 @@ class SimulatedDevice:
         except DriveError:
             return b""
 
+    def say(self, line: str) -> None:
+        """Print a line on the console."""
+        self.lines.append(line)
+        self.print(line)
+
     def _line(self, line: str) -> None:
-        self.lines.append(f"updater: {line}")
+        self.say(f"updater: {line}")
         self.listener(line)
 
     # The ports.
@@ -332,6 +367,7 @@ class SimulatedDevice:
             transport=_Transport(self),
             reboot=_Reboot(),
             health=_Health(self),
+            scripts=_Scripts(self),
         )
         return self._client(config, ports)
 
@@ -385,7 +421,7 @@ class _Machine:
         return _SlotDevice(self._device.drive, slot.name)
 
     def boot_id(self) -> str:
-        return f"start-{self._device.starts}"
+        return self._device.boot_id
 
     def free_bytes(self, path: str) -> int:
         data = self._device.data
@@ -400,7 +436,7 @@ class _SlotDevice:
     size_bytes = SLOT_BYTES
     block_bytes = PAGE
 
-    def __init__(self, drive: Drive, name: str) -> None:
+    def __init__(self, drive: Disk, name: str) -> None:
         self._drive = drive
         self._name = name
         self._offset = SLOT_OFFSETS[name]
@@ -442,7 +478,9 @@ class _Files:
         self._device = device
 
     def connect(self, path: str) -> Any:
-        return Connection(path)
+        data = self._device.data
+        assert data is not None
+        return Connection(path, data)
 
     def exists(self, path: str) -> bool:
         data = self._device.data
@@ -505,8 +543,91 @@ class _Health:
 
     def run(self) -> None:
         image = self._device.image
-        if image is not None and image.behaviour == "unhealthy":
-            raise HealthError("health check 50-sick exited with status 1")
+        if image is not None and image.behaviour in SICK:
+            raise HealthError(f"health check {SICK[image.behaviour]} exited with status 1")
+        data = self._device.data
+        assert data is not None
+        for name in ("ArtifactInstall_Enter_00", "ArtifactInstall_Leave_00"):
+            if data.exists(SCRIPT + name) and not data.exists(DONE + name):
+                raise HealthError(f"health check 60-migrated: {name} was not done")
+
+
+class _Scripts:
+    """State scripts as files on the data partition; what one does is in its content.
+
+    `ok`: it leaves an empty file that says that it was done, which the health check of its image
+    and the harness look for. `fail`: it ends with status 1. `later`: it asks twice to be run
+    again, then it is done. The first script of an update takes the signs of earlier ones away.
+    """
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    @property
+    def _data(self) -> FileSystem:
+        assert self._device.data is not None
+        return self._device.data
+
+    def take(self, scripts: Mapping[str, bytes]) -> None:
+        self.drop()
+        try:
+            for name, content in scripts.items():
+                self._data.create(SCRIPT + name)
+                self._data.write(SCRIPT + name, 0, content)
+                self._data.sync(SCRIPT + name)
+            if scripts:
+                self._data.create(SCRIPT + "version")
+                self._data.sync(SCRIPT + "version")
+        except FileSystemError as error:
+            raise StoreError(f"scripts: {error.strerror}") from error
+
+    def drop(self) -> None:
+        try:
+            for name in self._data.names():
+                if name.startswith(SCRIPT):
+                    self._data.remove(name)
+            self._data.sync_directory()
+        except FileSystemError as error:
+            console.say(f"warning: scripts: {error.strerror}")
+
+    def has(self, state: str, action: str) -> bool:
+        return bool(self._found(state, action))
+
+    def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
+        first = ""
+        for name in self._found(state, action):
+            try:
+                self._run_one(name)
+            except ScriptError as error:
+                self._device.failed_scripts += 1
+                if not ignore_errors:
+                    raise
+                first = first or str(error)
+        return first
+
+    def _found(self, state: str, action: str) -> list[str]:
+        if not self._data.exists(SCRIPT + "version"):
+            return []
+        start = f"{SCRIPT}{state}_{action}_"
+        return sorted(name for name in self._data.names() if name.startswith(start))
+
+    def _run_one(self, path: str) -> None:
+        name = path.removeprefix(SCRIPT)
+        console.say(f"state script {name}")
+        try:
+            what = self._data.read(path, 0, 16)
+            if what == b"fail":
+                raise ScriptError(f"state script {name} exited with status 1")
+            if what == b"later":
+                self._device.now += 120.0
+            if name.startswith("ArtifactInstall_Enter"):
+                for old in self._data.names():
+                    if old.startswith(DONE):
+                        self._data.remove(old)
+            self._data.create(DONE + name)
+            self._data.sync(DONE + name)
+        except FileSystemError as error:
+            raise ScriptError(f"state script {name}: {error.strerror}") from error
 
 
 class _Reboot:

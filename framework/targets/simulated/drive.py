@@ -39,10 +39,15 @@ class Step(NamedTuple):
 
 
 class Plan(Protocol):
-    """Decides, for every operation, what goes wrong with it."""
+    """Decides what goes wrong, and at which operation."""
+
+    @property
+    def due(self) -> int:
+        """The number of the next operation that something goes wrong with; 0 for none."""
+        ...
 
     def at(self, step: Step) -> Action:
-        """Return the action for `step`; asked once for each operation, in order."""
+        """Return the action for `step`, which is the one that was due."""
         ...
 
     @property
@@ -54,6 +59,7 @@ class Plan(Protocol):
 class NoPlan:
     """Nothing goes wrong."""
 
+    due = 0
     cut: tuple[CacheModel, int]
 
     def at(self, step: Step) -> Action:
@@ -65,6 +71,29 @@ _KINDS_THAT_REMEMBER: Final = frozenset({"lying", "emmc", "sd", "discard"})
 """Models that look behind the newest flush: they get the whole power cycle to decide on."""
 
 
+class Disk(Protocol):
+    """What the device asks of its drive: `Drive`, or the recorder's disks (`recorded`)."""
+
+    off: bool
+    size_bytes: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return what the drive holds; DriveError where that can't be read."""
+        ...
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write whole sectors into the cache; DriveError when that fails."""
+        ...
+
+    def flush(self) -> None:
+        """Make durable all that was written; DriveError when that fails."""
+        ...
+
+    def power_on(self) -> None:
+        """Give the power back."""
+        ...
+
+
 class Drive:
     """`content` is the medium at the start; its length is the drive's size, in whole sectors."""
 
@@ -74,20 +103,16 @@ class Drive:
         self.plan: Plan = plan or NoPlan()
         self.off = False
         self.operations = 0
+        self.size_bytes = len(content)
         # What the device reads: medium and cache together.
         self._current = bytearray(content)
-        # What a power cut leaves: `_durable`, plus what the model keeps of `_open`. All of it is
-        # kept as one list a power cycle, because some models look behind the newest flush.
-        self._durable = bytearray(content)
+        # What a power cut leaves is made when it comes: the medium at the last power-on, and the
+        # operations since, of which a flush has closed those before `_closed`. Some models look
+        # behind the newest flush, so all of them are kept. A flush has no content.
         self._start = bytes(content)
-        self._cycle: list[tuple[Step, bytes]] = []
+        self._cycle: list[tuple[int, bytes | None]] = []
         self._closed = 0
         self._unreadable: set[int] = set()
-
-    @property
-    def size_bytes(self) -> int:
-        """The drive's size."""
-        return len(self._current)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return what the drive holds; DriveError where a sector is unreadable."""
@@ -98,7 +123,16 @@ class Drive:
             bad = next((s for s in range(first, last + 1) if s in self._unreadable), None)
             if bad is not None:
                 raise DriveError(5, f"unreadable sector at byte {bad * SECTOR}")
-        return bytes(self._current[offset : offset + length])
+        return self.peek(offset, length)
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """Return what the drive holds, readable or not, seen from outside the device."""
+        with memoryview(self._current) as current:
+            return bytes(current[offset : offset + length])
+
+    def holds(self, offset: int, content: bytes) -> bool:
+        """Say whether the drive holds `content`, readable or not, seen from outside the device."""
+        return self._current.startswith(content, offset)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write whole sectors into the cache; DriveError when the plan makes it fail."""
@@ -108,18 +142,19 @@ class Drive:
         if offset % SECTOR or length % SECTOR or not 0 <= offset <= self.size_bytes - length:
             raise ValueError(f"a write of {length} bytes at {offset} is not of whole sectors")
         self.operations += 1
-        step = Step(self.operations, Kind.WRITE, offset, length)
-        action = self.plan.at(step)
-        if action == "error":
-            raise DriveError(5, f"write failed at byte {offset}")
         content = bytes(data)
-        if action == "flip":
-            at = self.plan.cut[1] % (8 * length)
-            flipped = content[at // 8] ^ 1 << at % 8
-            content = content[: at // 8] + bytes((flipped,)) + content[at // 8 + 1 :]
-        self._cycle.append((step, content))
+        action: Action = ""
+        if self.operations == self.plan.due:
+            action = self.plan.at(Step(self.operations, Kind.WRITE, offset, length))
+            if action == "error":
+                raise DriveError(5, f"write failed at byte {offset}")
+            if action == "flip":
+                at = self.plan.cut[1] % (8 * length)
+                flipped = content[at // 8] ^ 1 << at % 8
+                content = content[: at // 8] + bytes((flipped,)) + content[at // 8 + 1 :]
+        self._cycle.append((offset, content))
         if action == "cut":
-            self._lose_power(in_flight=True)
+            self._lose_power()
         self._current[offset : offset + length] = content
         if self._unreadable:
             first = offset // SECTOR
@@ -130,66 +165,63 @@ class Drive:
         if self.off:
             raise PowerLost
         self.operations += 1
-        step = Step(self.operations, Kind.FLUSH, 0, 0)
-        action = self.plan.at(step)
-        if action == "error":
-            raise DriveError(5, "flush failed")
-        if action == "cut":
-            self._lose_power(in_flight=True)
-        for write, data in self._cycle[self._closed :]:
-            self._durable[write.offset : write.offset + write.length] = data
-        self._cycle.append((step, b""))
+        if self.operations == self.plan.due:
+            action = self.plan.at(Step(self.operations, Kind.FLUSH, 0, 0))
+            if action == "error":
+                raise DriveError(5, "flush failed")
+            if action == "cut":
+                self._lose_power()
+        self._cycle.append((0, None))
         self._closed = len(self._cycle)
 
     def power_on(self) -> None:
         """Give the power back. Without a cut before it, the drive's cache lives on."""
         self.off = False
 
-    def _lose_power(self, *, in_flight: bool) -> None:
+    def _lose_power(self) -> None:
+        """Keep what the model leaves; the newest operation, if it is a write, is in flight."""
         model, seed = self.plan.cut
-        whole = model.name in _KINDS_THAT_REMEMBER
-        first = 0 if whole else self._closed
+        first = 0 if model.name in _KINDS_THAT_REMEMBER else self._closed
         given = self._cycle[first:]
-        decision = Decision()
-        if given:
-            decision = self._decide(model, seed, given, in_flight=in_flight)
-        if whole:
-            # What the flushes covered is decided on again, so it is taken back first.
-            self._durable[:] = self._start
-        self._apply(self._durable, given, decision)
-        self._current[:] = self._durable
-        self._start = bytes(self._durable)
+        medium = bytearray(self._start)
+        for offset, data in self._cycle[:first]:
+            if data is not None:
+                medium[offset : offset + len(data)] = data
+        self._apply(medium, given, self._decide(model, seed, given) if given else Decision())
+        self._current[:] = medium
+        self._start = bytes(medium)
         self._cycle.clear()
         self._closed = 0
         self.off = True
         raise PowerLost
 
     def _decide(
-        self, model: CacheModel, seed: int, given: list[tuple[Step, bytes]], *, in_flight: bool
+        self, model: CacheModel, seed: int, given: list[tuple[int, bytes | None]]
     ) -> Decision:
         log = OperationLog()
-        for index, (step, _) in enumerate(given, 1):
-            what = (int(step.kind), 0, step.offset, step.length, int(Flag.NONE), 0)
+        for index, (offset, data) in enumerate(given, 1):
+            kind = Kind.FLUSH if data is None else Kind.WRITE
+            what = (int(kind), 0, offset, len(data or b""), int(Flag.NONE), 0)
             log.arrive(what, sequence=2 * index, time_ns=index, cycle=0)
-            if not (in_flight and index == len(given) and step.kind is Kind.WRITE):
+            if index < len(given) or data is None:
                 log.complete(index, 2 * index + 1, index, 0, 0)
         table = log.table(1, len(given))
         return model.decide(PowerCycle(table, ("disk",), (self.size_bytes,)), seed)
 
     def _apply(
-        self, medium: bytearray, given: list[tuple[Step, bytes]], decision: Decision
+        self, medium: bytearray, given: list[tuple[int, bytes | None]], decision: Decision
     ) -> None:
         lost = set(decision.dropped)
         torn = {p.operation: p for p in decision.partial}
-        for number, (step, data) in enumerate(given, 1):
-            if step.kind is not Kind.WRITE or number in lost:
+        for number, (offset, data) in enumerate(given, 1):
+            if data is None or number in lost:
                 continue
             if number not in torn:
-                medium[step.offset : step.offset + step.length] = data
+                medium[offset : offset + len(data)] = data
                 continue
             for first, count in torn[number].sectors:
                 a, b = first * SECTOR, (first + count) * SECTOR
-                medium[step.offset + a : step.offset + b] = data[a:b]
+                medium[offset + a : offset + b] = data[a:b]
         for garbage in decision.garbage:
             end = garbage.offset + garbage.length
             medium[garbage.offset : end] = garbage.content * garbage.repeat

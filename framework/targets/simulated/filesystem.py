@@ -20,11 +20,12 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from framework.targets.simulated.drive import Drive, DriveError
+from framework.targets.simulated.drive import Disk, DriveError, PowerLost
 
 PAGE: Final = 4096
 _HEAD: Final = struct.Struct("<8sQII")
 _MAGIC: Final = b"SIMDATA1"
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 class FileSystemError(OSError):
@@ -55,7 +56,7 @@ def format_region(content: bytearray, offset: int, length: int) -> None:
 
 
 def _commit_block(generation: int, files: dict[str, tuple[int, list[int]]]) -> bytes:
-    body = json.dumps(files, separators=(",", ":")).encode()
+    body = _ENCODER.encode(files).encode()
     if len(body) > PAGE - _HEAD.size:
         raise FileSystemError(28, "no space left for another file")
     check = zlib.crc32(body, generation & 0xFFFFFFFF)
@@ -80,7 +81,7 @@ class FileSystem:
     """
 
     def __init__(
-        self, drive: Drive, offset: int, length: int, early: Callable[[], bool] | None = None
+        self, drive: Disk, offset: int, length: int, early: Callable[[], bool] | None = None
     ) -> None:
         self._drive = drive
         self._offset = offset
@@ -104,28 +105,43 @@ class FileSystem:
         self._freed: list[int] = []
         self._changed = False
 
+    @property
+    def off(self) -> bool:
+        """Whether the power is gone."""
+        return self._drive.off
+
+    def names(self) -> list[str]:
+        """All files, durable or not."""
+        if self._drive.off:
+            raise PowerLost
+        return list(self._files)
+
     def exists(self, name: str) -> bool:
         """Say whether there is such a file, durable or not."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         return name in self._files
 
     def create(self, name: str) -> None:
         """Make an empty file; durable with its first sync."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         if name not in self._files:
             self._files[name] = _File(0, [])
             self._changed = True
 
     def remove(self, name: str) -> None:
         """Remove a file; durable with the next sync of anything."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         file = self._files.pop(name)
         self._freed += file.pages
         self._changed = True
 
     def rename(self, name: str, to: str) -> None:
         """Rename, replacing what `to` was; durable with the next sync of anything."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         if to in self._files:
             self.remove(to)
         self._files[to] = self._files.pop(name)
@@ -133,14 +149,20 @@ class FileSystem:
 
     def size(self, name: str) -> int:
         """Return a file's size in bytes."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         return self._files[name].size
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """Return up to `length` bytes; FileSystemError where the drive can't be read."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         file = self._files[name]
         end = min(offset + length, file.size)
+        page, at = divmod(offset, PAGE)
+        if at + length <= PAGE and offset < end:
+            cached = file.cache.get(page) or self._page(file, page)
+            return bytes(cached[at : at + end - offset])
         pieces = []
         while offset < end:
             page, at = divmod(offset, PAGE)
@@ -151,9 +173,29 @@ class FileSystem:
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write into the page cache; FileSystemError when the partition is full."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         file = self._files[name]
-        end = offset + len(data)
+        length = len(data)
+        end = offset + length
+        if end > file.size:
+            self._grow(file, end)
+        done = 0
+        while done < length:
+            page, at = divmod(offset + done, PAGE)
+            count = min(PAGE - at, length - done)
+            if count == PAGE:
+                file.cache[page] = bytearray(data[done : done + PAGE])
+            else:
+                # The rest of the page is read first, and may not be readable.
+                cached = file.cache.get(page) or self._page(file, page)
+                cached[at : at + count] = data[done : done + count]
+            file.dirty.add(page)
+            done += count
+        if self._early is not None and self._early():
+            self._write_back(file)
+
+    def _grow(self, file: _File, end: int) -> None:
         while len(file.pages) * PAGE < end:
             if self.full or not self._free:
                 raise FileSystemError(28, "no space left on the data partition")
@@ -163,26 +205,13 @@ class FileSystem:
             file.unwritten.add(len(file.pages))
             file.pages.append(page)
             self._changed = True
-        if end > file.size:
-            file.size = end
-            self._changed = True
-        done = 0
-        while done < len(data):
-            page, at = divmod(offset + done, PAGE)
-            count = min(PAGE - at, len(data) - done)
-            if count == PAGE:
-                file.cache[page] = bytearray(data[done : done + PAGE])
-            else:
-                # The rest of the page is read first, and may not be readable.
-                self._page(file, page)[at : at + count] = data[done : done + count]
-            file.dirty.add(page)
-            done += count
-        if self._early is not None and self._early():
-            self._write_back(file)
+        file.size = end
+        self._changed = True
 
     def truncate(self, name: str, size: int) -> None:
         """Shorten a file; durable with its next sync."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         file = self._files[name]
         if size >= file.size:
             return
@@ -204,13 +233,15 @@ class FileSystem:
 
         FileSystemError when the drive fails: what is durable then is not known.
         """
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         self._write_back(self._files[name])
         self.sync_directory(flush=True)
 
     def sync_directory(self, *, flush: bool = False) -> None:
         """Make the directory durable: what was made, renamed, removed, and the sizes."""
-        self._powered()
+        if self._drive.off:
+            raise PowerLost
         try:
             if flush or self._changed:
                 self._drive.flush()
@@ -229,8 +260,11 @@ class FileSystem:
         # Sizes wait for the pages to be written, as with ext4's delayed allocation.
         files: dict[str, tuple[int, list[int]]] = {}
         for name, file in self._files.items():
-            size = min([file.size, *(page * PAGE for page in file.unwritten)])
-            files[name] = (size, file.pages[: -(-size // PAGE)])
+            if file.unwritten:
+                size = min(file.size, min(file.unwritten) * PAGE)
+                files[name] = (size, file.pages[: -(-size // PAGE)])
+            else:
+                files[name] = (file.size, file.pages[: -(-file.size // PAGE)])
         where = 1 - self._where
         self._drive.write(self._offset + where * PAGE, _commit_block(self._generation + 1, files))
         self._drive.flush()
@@ -265,7 +299,3 @@ class FileSystem:
     def _unused(self) -> list[int]:
         used = {page for file in self._files.values() for page in file.pages}
         return [page for page in range(self._page_count - 1, 1, -1) if page not in used]
-
-    def _powered(self) -> None:
-        if self._drive.off:
-            self._drive.read(0, 1)

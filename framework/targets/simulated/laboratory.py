@@ -18,12 +18,21 @@ from framework.targets.simulated.device import (
     factory_content,
     make_image,
 )
-from framework.targets.simulated.drive import Plan
+from framework.targets.simulated.drive import Disk, Drive, Plan
 from updater.artifact import write_artifact
 from updater.artifact.signature import load_private_key
 from updater.device.client import Client, Ports
 from updater.device.config import Config
 
+SCRIPTS = (
+    "ArtifactInstall_Enter_00",
+    "ArtifactInstall_Leave_00",
+    "ArtifactCommit_Enter_00",
+    "ArtifactCommit_Leave_00",
+    "ArtifactRollback_Enter_00",
+    "ArtifactFailure_Enter_00",
+)
+"""The state scripts of an artifact that has some."""
 IMAGES = ("v1", "v2", "v3")
 """What a device is made with, what it is updated to, and one more, which is well."""
 
@@ -50,7 +59,7 @@ class Laboratory:
             path = self._folder / f"{name}.info"
             path.write_text(f"artifact_name={name}\n")
             self._info[name] = str(path)
-        self._artifacts: dict[tuple[str, str], bytes] = {}
+        self._artifacts: dict[tuple[str, str, str], bytes] = {}
         self._used = self._provision()
 
     def close(self) -> None:
@@ -61,39 +70,48 @@ class Laboratory:
     def device(
         self,
         behaviour: str,
+        scripts: str = "",
         *,
-        fresh: bool = False,
-        plan: Plan | None = None,
+        drive: Disk,
         early: Callable[[], bool] | None = None,
         network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
     ) -> SimulatedDevice:
-        """Make a device, for which v2 is an update that is `behaviour`.
+        """Make a device, for which v2 is an update that is `behaviour`, with `scripts`.
 
-        A `fresh` one has no state store yet; others have an empty one.
+        `drive` is one that `drive()` made, or another with its content.
         """
-        artifacts = {"v2": self.artifact("v2", behaviour), "v3": self.artifact("v3", "well")}
+        artifacts = {
+            "v2": self.artifact("v2", behaviour, scripts),
+            "v3": self.artifact("v3", "well"),
+        }
         return SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
             vfs=self._vfs,
-            plan=plan,
+            drive=drive,
             early=early,
             client=self._client,
             quirks=self._quirks,
-            content=factory_content("v1") if fresh else self._used,
         )
+
+    def drive(self, plan: Plan, *, fresh: bool = False) -> Drive:
+        """Make a device's drive; a `fresh` one has no state store yet, others an empty one."""
+        return Drive(factory_content("v1") if fresh else self._used, plan)
 
     def _provision(self) -> bytes:
         """Return the drive of a device whose client has run before."""
-        device = SimulatedDevice(
-            Surroundings({}, (), self._info), vfs=self._vfs, content=factory_content("v1")
-        )
+        drive = Drive(factory_content("v1"))
+        device = SimulatedDevice(Surroundings({}, (), self._info), vfs=self._vfs, drive=drive)
         device.start()
         device.provision()
-        return device.drive.read(0, device.drive.size_bytes)
+        return drive.read(0, drive.size_bytes)
 
-    def artifact(self, name: str, behaviour: str) -> bytes:
-        """Return the signed artifact of an image."""
-        if (name, behaviour) not in self._artifacts:
+    def artifact(self, name: str, behaviour: str, scripts: str = "") -> bytes:
+        """Return the signed artifact of an image.
+
+        `scripts`: "" for none, "ok" for state scripts that are well, or the name of the one that
+        fails or asks for a later try: "fail ArtifactCommit_Enter_00".
+        """
+        if (name, behaviour, scripts) not in self._artifacts:
             image = self._folder / "rootfs.img"
             image.write_bytes(make_image(name, behaviour))
             made = self._folder / f"{name}.mender"
@@ -104,9 +122,19 @@ class Laboratory:
                 device_types=["simulated"],
                 key=load_private_key(self._key),
                 compression="none",
+                scripts=self._write_scripts(scripts),
             )
-            self._artifacts[name, behaviour] = made.read_bytes()
-        return self._artifacts[name, behaviour]
+            self._artifacts[name, behaviour, scripts] = made.read_bytes()
+        return self._artifacts[name, behaviour, scripts]
+
+    def _write_scripts(self, scripts: str) -> list[Path]:
+        what, _, which = scripts.partition(" ")
+        folder = self._folder / "scripts"
+        folder.mkdir(exist_ok=True)
+        paths = [folder / name for name in SCRIPTS] if scripts else []
+        for path in paths:
+            path.write_text(what if path.name == which else "ok")
+        return paths
 
     def _make_key(self) -> None:
         # Always the same one, so that artifacts are the same bytes everywhere. It signs nothing
