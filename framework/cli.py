@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from framework.campaign import BundleError, read_bundle
+from framework.campaign import BundleError, CampaignError, read_bundle
 from framework.campaign.models import CACHE_MODELS
 from framework.campaign.replay import replay as run_replay
 from framework.demo import DemoError, run_demo
@@ -423,6 +423,85 @@ def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
     console.print("reproduced")
 
 
+@cli.command()
+@click.option(
+    "--rig",
+    "rigs",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=(Path("rigs/qemu-arm64.yaml"),),
+    show_default=True,
+    help="labgrid environment to run on; repeatable",
+)
+@click.option("--runs", type=click.IntRange(1), default=None, help="how many compositions")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=None)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "-j", "--workers", type=click.IntRange(1, 64), default=None, help="[default: one a rig]"
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/campaign"),
+    show_default=True,
+    help="folder of the ledger (campaign.db) and of the bundles",
+)
+@click.option("--plant", default="", help="a planted bug (`python -m images list`), in all images")
+@click.option(
+    "--again",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="do every so many-th run that passed once more, to find flaky ones; 0: none",
+)
+@click.option("--stop-after", type=click.IntRange(0), default=0, help="end after N that violate")
+@click.option("--only", multiple=True, metavar="SEED/INDEX", help="do this run again; repeatable")
+@click.option(
+    "--history",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    metavar="DB",
+    help="show the campaigns of a ledger over time; run nothing",
+)
+def campaign(  # noqa: PLR0917 - click passes them by name
+    rigs: tuple[Path, ...],
+    runs: int | None,
+    minutes: float | None,
+    seed: int,
+    workers: int | None,
+    output: Path,
+    plant: str,
+    again: int,
+    stop_after: int,
+    only: tuple[str, ...],
+    history: Path | None,
+) -> None:
+    """Run random compositions of faults, steered towards what was not struck yet.
+
+    After an interrupt or a crash, the same command goes on. Exit codes: 0 all passed, 1 something
+    violated an invariant, 2 the rig or the ledger can't be used, 130 interrupted.
+
+    Example: brownout campaign --rig rigs/qemu-arm64.yaml --rig rigs/qemu-x86_64.yaml --runs 300
+    """
+    # Only here: neither labgrid nor a ledger is needed for the rest.
+    from framework import campaigner  # noqa: PLC0415
+    from framework.campaign.plan import Wish  # noqa: PLC0415
+
+    console = Console()
+    if history is not None:
+        campaigner.show_history(history, console)
+        return
+    place = campaigner.Place(rigs, output, workers or len(rigs))
+    if only:
+        raise SystemExit(campaigner.run_only(only, plant, place, console))
+    if runs is None and minutes is None:
+        raise click.UsageError("say how much: --runs N, --minutes M, or both")
+    seconds = None if minutes is None else minutes * 60
+    checked = campaigner.rigs_of(rigs, plant, console)
+    wish = Wish(seed, checked, runs, seconds, plant, again, stop_after)
+    raise SystemExit(campaigner.run_campaign(wish, place, console))
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
@@ -454,6 +533,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except (
         BundleError,
+        CampaignError,
         DemoError,
         ResultError,
         DiskError,
