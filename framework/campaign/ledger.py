@@ -286,7 +286,7 @@ class Ledger:
                 "FROM run WHERE campaign = ? ORDER BY id",
                 (campaign.number,),
             ).fetchall()
-            return [Run(*row[:7], outcome=outcome_of(row[7])) for row in rows]
+            return [_run(*row) for row in rows]
 
     def struck(self, campaign: Campaign) -> Counter[Cell]:
         """How often each cell was struck in a campaign."""
@@ -327,6 +327,11 @@ class Ledger:
             raise LedgerError(f"ledger {self.path}: damaged: {error!r:.120}") from error
         except OSError as error:
             raise LedgerError(f"ledger {self.path}: {error.strerror}") from error
+
+
+def _run(key: int, *row: Any) -> Run:
+    index, candidate, rig, purpose, worker, composition, outcome = row
+    return Run(key, index, candidate, rig, purpose, worker, composition, outcome_of(outcome))
 
 
 def outcome_of(text: str | None) -> Performed | None:
