@@ -502,6 +502,39 @@ def campaign(  # noqa: PLR0917 - click passes them by name
     raise SystemExit(campaigner.run_campaign(wish, place, console))
 
 
+@cli.command()
+@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="labgrid environment to run on, if not the one of the bundle's name in rigs/",
+)
+@click.option("--runs", type=click.IntRange(1), default=60, show_default=True, help="at most")
+@click.option(
+    "--invariant", type=click.IntRange(1, 8), default=None, help="[default: the first violated]"
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/shrunk"),
+    show_default=True,
+    help="folder for the bundles",
+)
+def shrink(bundle: Path, rig: Path | None, runs: int, invariant: int | None, output: Path) -> None:
+    """Make a campaign's failing run smaller: what matters in it stays.
+
+    Exit codes: 0 the smallest was found, 1 the run does not violate any more.
+
+    Example: brownout shrink build/campaign/bundles/campaign-7-42-3.bundle
+    """
+    from framework.shrinker import run_shrink  # noqa: PLC0415 - as in `campaign`
+
+    console = Console()
+    if not run_shrink(bundle, rig, output, console, most_runs=runs, invariant=invariant):
+        raise SystemExit(EXIT_NOT_HELD)
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
