@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from framework.campaign.composition import Composition
-from framework.campaign.crew import Crew, Said
+from framework.campaign.crew import WORKER, Crew, Said
 from framework.campaign.errors import CampaignError
 from framework.campaign.ledger import (
     Campaign,
@@ -68,11 +68,13 @@ class Place:
         rigs: the rig files.
         output: the folder of the ledger, the bundles and the log.
         workers: how many.
+        program: what a worker is.
     """
 
     rigs: tuple[Path, ...]
     output: Path
     workers: int
+    program: tuple[str, ...] = WORKER
 
 
 def rigs_of(paths: Sequence[Path], plant: str, console: Console) -> tuple[Rig, ...]:
@@ -153,7 +155,7 @@ def run_only(names: Sequence[str], plant: str, place: Place, console: Console) -
         raise CampaignError("--only is about one run: give one --rig")
     (rig,) = rigs_of(place.rigs, plant, console)
     code = EXIT_PASSED
-    with Crew(1, place.output / LOG) as crew:
+    with Crew(1, place.output / LOG, place.program) as crew:
         for name in names:
             seed, index, candidate = parse_name(name)
             composition = draw(rig.features, seed, index, candidate, plant)
@@ -272,7 +274,10 @@ class _Session:
     def run(self) -> None:
         """Give jobs to workers until all is done."""
         self.struck = dict(self.ledger.struck(self.campaign))
-        with Crew(self.place.workers, self.place.output / LOG) as crew, self._display() as show:
+        with (
+            Crew(self.place.workers, self.place.output / LOG, self.place.program) as crew,
+            self._display() as show,
+        ):
             try:
                 while self._assign(crew) or self.doing:
                     said = crew.hear(_POLL_S)

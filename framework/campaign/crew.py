@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -29,6 +29,7 @@ MOST_RUN_S: Final = 1800.0
 """Past this a run is given up: every wait in it is bounded, so the worker must be stuck."""
 MOST_DEATHS: Final = 5
 STOP_S: Final = 30.0
+WORKER: Final = (sys.executable, "-m", "framework.campaign.worker")
 
 
 @frozen
@@ -53,10 +54,12 @@ class Crew:
     Args:
         count: how many.
         log: where their standard error goes.
+        program: what a worker is; another one must speak as `worker` does.
     """
 
-    def __init__(self, count: int, log: Path) -> None:
+    def __init__(self, count: int, log: Path, program: Sequence[str] = WORKER) -> None:
         self.count = count
+        self._program = tuple(program)
         self._log_path = log
         self._said: queue.Queue[Said] = queue.Queue()
         self._hands: dict[int, _Hand] = {}
@@ -144,10 +147,7 @@ class Crew:
     # -- inside ------------------------------------------------------------------------------
 
     def _start(self, number: int) -> None:
-        command = [
-            *("setpriv", "--pdeathsig", "INT", "--"),
-            *(sys.executable, "-m", "framework.campaign.worker"),
-        ]
+        command = ["setpriv", "--pdeathsig", "INT", "--", *self._program]
         try:
             process = subprocess.Popen(
                 command,

@@ -24,7 +24,7 @@ from framework.campaign.errors import LedgerError
 from framework.campaign.perform import Performed
 from framework.campaign.space import Cell
 
-VERSION: Final = 1
+LEDGER_VERSION: Final = 1
 APPLICATION_ID: Final = 0x42524F4C
 _BUSY_S: Final = 20.0
 
@@ -146,10 +146,10 @@ class Ledger:
         tables = int(execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
         if application != APPLICATION_ID and (tables or version):
             raise LedgerError(f"ledger {self.path}: a database, but no ledger of campaigns")
-        if version > VERSION:
+        if version > LEDGER_VERSION:
             raise LedgerError(
-                f"ledger {self.path}: version {version}, this program knows up to {VERSION}: "
-                "update it"
+                f"ledger {self.path}: version {version}, this program knows up to "
+                f"{LEDGER_VERSION}: update it"
             )
         # A crash of the machine, too, loses no run that was told of.
         execute("PRAGMA journal_mode = WAL")
@@ -158,7 +158,7 @@ class Ledger:
         if tables == 0:
             self._database.executescript(
                 f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; "
-                f"PRAGMA user_version = {VERSION}; COMMIT;"
+                f"PRAGMA user_version = {LEDGER_VERSION}; COMMIT;"
             )
         elif execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise LedgerError(f"ledger {self.path}: damaged; move it away, or restore a copy")

@@ -54,7 +54,7 @@ class Performed:
         symptoms: what the device is like in the end, as a support bundle would show it.
         seconds: wall time of the whole.
         boots: how many starts; `boots_s` what they took.
-        work_s: what the client's commands took.
+        work_s: what the client's commands took, the last try included.
         bundle: where the bundle is; empty for none.
     """
 
@@ -188,7 +188,8 @@ class _Run:
                     # What somebody would find who comes to the device now.
                     self.symptoms = symptoms_of_run(device.events)
                     if up:
-                        device.retry(self._update(healthy_image(self.composition)))
+                        with self._timed():
+                            device.retry(self._update(healthy_image(self.composition)))
                 finally:
                     self._note_strikes()
                     self.verdict = device.verdict()
@@ -222,7 +223,7 @@ class _Run:
             steps=steps_of(events),
             symptoms=self.symptoms,
             boots=len(starts),
-            boots_s=sum(start.elapsed_s for start in starts),
+            boots_s=self._booted_s(),
             work_s=self.work_s,
         )
 
@@ -357,13 +358,17 @@ class _Run:
                 self._struck(armed)
         self.unfired = tuple(str(fault) for fault in self.faults.unfired())
 
+    def _booted_s(self) -> float:
+        events = [] if self.device is None else self.device.events
+        return sum(event.elapsed_s for event in events if isinstance(event, BootSeen))
+
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        began = time.monotonic()
+        began, booted = time.monotonic(), self._booted_s()
         try:
             yield
         finally:
-            self.work_s += time.monotonic() - began
+            self.work_s += time.monotonic() - began - (self._booted_s() - booted)
 
 
 def healthy_image(composition: Composition) -> str:

@@ -16,6 +16,7 @@ that loses the slot it runs from, is a fault of the hardware that no updater men
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal
@@ -96,6 +97,9 @@ CANDIDATES: Final = 12
 """Compositions of one index that steering chooses from."""
 CHAINED: Final = 0.4
 """How often a further fault waits for the one before."""
+SURROUNDED: Final = 0.4
+"""How often a condition such as a slow network holds meanwhile: many bugs need one."""
+MOST_DRAWN: Final = 3
 MODELS: Final[Mapping[CacheModelName, int]] = {
     "kept": 2,
     "prefix": 2,
@@ -147,6 +151,7 @@ class Kind:
         feature: what a rig must have besides what the fault itself needs.
         by_device: whether the device does it to itself, on order.
         lasts: whether it may also strike at once, before the step.
+        surrounds: how often it is drawn as a condition that holds while another fault strikes.
     """
 
     weight: int
@@ -156,6 +161,7 @@ class Kind:
     feature: str = ""
     by_device: bool = False
     lasts: bool = False
+    surrounds: int = 0
 
 
 def fault_name(fault: Fault) -> str:
@@ -366,7 +372,7 @@ KINDS: Final = (
     Kind(60, _cut, _ANYWHERE),
     Kind(8, lambda rng: brown_out(rng.randint(2, 4), _model(rng)), _ANYWHERE),
     Kind(14, _drop, ("install",), _STREAM),
-    Kind(7, _slow, ("install",), ("downloaded", "state"), lasts=True),
+    Kind(7, _slow, ("install",), ("downloaded", "state"), lasts=True, surrounds=5),
     Kind(4, lambda rng: link_down(lasts_s=rng.choice((1, 3))), ("install",), _STREAM),
     Kind(2, lambda _: link_down(), ("prove", "power is back"), ("console",), lasts=True),
     Kind(2, lambda _: connection("refuse"), ("prove", "power is back"), ("console",), lasts=True),
@@ -384,17 +390,18 @@ KINDS: Final = (
     Kind(2, lambda _: bit_rot("boot environment", percent=0), ("prove",), ("none",),
          feature="uboot", lasts=True),
     Kind(3, _slow_disk,
-         ("install",), ("image written", "state"), lasts=True),
+         ("install",), ("image written", "state"), lasts=True, surrounds=2),
     Kind(2, lambda rng: data_full(rng.choice((0, 2 << 20))), ("install",),
          ("image written", "state"), by_device=True, lasts=True),
     Kind(4, _clock, ("install",), ("image written", "downloaded", "state"),
          by_device=True, lasts=True),
-    Kind(2, lambda _: clock_battery(), ("install", "prove", "leave"), ("none",), lasts=True),
+    Kind(2, lambda _: clock_battery(), ("install", "prove", "leave"), ("none",),
+         lasts=True, surrounds=2),
     Kind(6, _killed, ("install",), ("image written", "downloaded", "state"), by_device=True),
     Kind(3, lambda _: kernel_panic(), ("install",), ("image written", "state"), by_device=True),
     Kind(2, lambda _: hang(), ("install",), ("image written",), by_device=True),
     Kind(1, lambda rng: memory_pressure(rng.choice((64, 24))), ("install",), ("none",),
-         by_device=True, lasts=True),
+         by_device=True, lasts=True, surrounds=1),
     Kind(4, lambda rng: ctrl_c(rng.choice((1, 1, 3))), ("install",),
          ("image written", "downloaded", "state", "boot environment")),
     Kind(4, _second, ("install",), ("image written",), by_device=True),
@@ -463,15 +470,15 @@ def draw(
     rng = random.Random(f"campaign {name_of(seed, index, candidate)}")  # noqa: S311 - to be repeatable
     journeys = [j for j in JOURNEYS if "watchdog" in features or "install hangs" not in j.steps]
     journey = rng.choices(journeys, [j.weight for j in journeys])[0]
-    placed: list[Placed] = []
-    for _ in range(rng.choices((1, 2, 3), (5, 3, 2))[0]):
-        last = placed[-1] if placed else None
-        if last is not None and rng.random() < CHAINED:
-            further = _chained(rng, features, journey, last)
+    placed = [_placed(rng, features, journey)]
+    for _ in range(rng.choices((0, 1, 2), (5, 3, 2))[0]):
+        if rng.random() < CHAINED:
+            placed.append(_chained(rng, features, journey, placed[-1]))
         else:
-            further = _placed(rng, features, journey)
-        if further is not None:
-            placed.append(further)
+            placed.append(_placed(rng, features, journey))
+    if rng.random() < SURROUNDED:
+        condition = _surrounding(rng, features, journey, placed[0])
+        placed = [*([condition] if condition is not None else []), *placed][:MOST_DRAWN]
     steps = []
     for text in journey.steps:
         action, _, image = text.partition(" ")
@@ -544,16 +551,13 @@ def universe(features: frozenset[str]) -> frozenset[Cell]:
     """All cells that are expected of single faults on a rig: what coverage is a share of."""
     cells: set[Cell] = set()
     rng = random.Random(1)  # noqa: S311 - only to draw each kind often enough
-    for kind in _kinds(features):
-        faults = {fault_name(fault): fault for fault in (kind.make(rng) for _ in range(60))}
-        for name in faults:
-            for stage in kind.where:
-                if stage == "power is back":
-                    continue
-                cells.update(
-                    Cell(spot.expects, name, trigger_name(spot.make(rng)))
-                    for spot in _spots(kind, stage)
-                )
+    for stage, options in _options(features).items():
+        for kind, spots in options:
+            for name in {fault_name(kind.make(rng)) for _ in range(60)}:
+                if stage != "power is back":
+                    cells.update(
+                        Cell(spot.expects, name, trigger_name(spot.make(rng))) for spot in spots
+                    )
                 if kind.lasts:
                     cells.add(Cell("Idle", name, "at once"))
     return frozenset(cells)
@@ -562,56 +566,71 @@ def universe(features: frozenset[str]) -> frozenset[Cell]:
 # -- inside --------------------------------------------------------------------------------------
 
 
-def _kinds(features: frozenset[str]) -> list[Kind]:
+@functools.cache
+def _options(features: frozenset[str]) -> dict[Stage, list[tuple[Kind, list[Spot]]]]:
+    """By stage: the kinds that a rig can do there, each with its spots (maybe none)."""
     rng = random.Random(1)  # noqa: S311 - any fault of the kind says what it needs
-    return [
+    able = [
         kind
         for kind in KINDS
         if kind.make(rng).features() <= features and (not kind.feature or kind.feature in features)
     ]
+    return {
+        stage: [(kind, _spots(kind, stage)) for kind in able if stage in kind.where]
+        for stage in SPOTS
+    }
 
 
 def _spots(kind: Kind, stage: Stage) -> list[Spot]:
+    rng = random.Random(1)  # noqa: S311 - only the kinds of triggers are looked at
     return [
         spot
         for spot in SPOTS[stage]
         if (spot.by_device or not kind.by_device)
-        and (not kind.triggers or trigger_name(spot.make(random.Random(1))) in kind.triggers)  # noqa: S311
+        and (not kind.triggers or trigger_name(spot.make(rng)) in kind.triggers)
     ]
 
 
-def _placed(rng: Random, features: frozenset[str], journey: Journey) -> Placed | None:
+def _drawn(rng: Random, options: Sequence[tuple[Kind, list[Spot]]]) -> tuple[Kind, list[Spot]]:
+    return rng.choices(options, [kind.weight for kind, _ in options])[0]
+
+
+def _placed(rng: Random, features: frozenset[str], journey: Journey) -> Placed:
     """A fault of its own, at some step."""
     places = [number for number, stage in enumerate(journey.stages) if stage is not None]
     step = rng.choice(places)
     stage = journey.stages[step]
     assert stage is not None
-    kinds = [k for k in _kinds(features) if stage in k.where and (_spots(k, stage) or k.lasts)]
-    kind = rng.choices(kinds, [k.weight for k in kinds])[0]
-    spots: list[Spot | None] = list(_spots(kind, stage))
-    if kind.lasts:
-        spots.append(None)
-    spot = rng.choice(spots)
+    kind, spots = _drawn(rng, [o for o in _options(features)[stage] if o[1] or o[0].lasts])
+    there: list[Spot | None] = [*spots, *([None] if kind.lasts else [])]
+    spot = rng.choice(there)
     fault = kind.make(rng)
     return Placed(step, fault if spot is None else fault.when(spot.make(rng)))
 
 
-def _chained(
-    rng: Random, features: frozenset[str], journey: Journey, last: Placed
+def _surrounding(
+    rng: Random, features: frozenset[str], journey: Journey, first: Placed
 ) -> Placed | None:
+    """A condition that holds from before the step of a fault on."""
+    stage = journey.stages[first.step]
+    assert stage is not None
+    options = [o for o in _options(features)[stage] if o[0].surrounds]
+    if not options:
+        return None
+    kind, _ = rng.choices(options, [kind.surrounds for kind, _ in options])[0]
+    return Placed(first.step, kind.make(rng))
+
+
+def _chained(rng: Random, features: frozenset[str], journey: Journey, last: Placed) -> Placed:
     """A fault that waits for the last one: in the same step, or when power is back."""
     cut = isinstance(last.fault, PowerCut)
     stage: Stage | None = "power is back" if cut else journey.stages[last.step]
-    if stage is None:
-        return None
-    kinds = [
-        k for k in _kinds(features) if stage in k.where and not k.by_device and _spots(k, stage)
-    ]
-    kind = rng.choices(kinds, [k.weight for k in kinds])[0]
-    # The recorder's bit flip has its place in the slot, whoever went before.
+    assert stage is not None
+    kind, spots = _drawn(rng, [o for o in _options(features)[stage] if o[1] and not o[0].by_device])
     fault = kind.make(rng)
-    then = rng.choice(_spots(kind, stage)).make(rng)
+    then = rng.choice(spots).make(rng)
     if isinstance(fault, BitFlip):
+        # It has its place in the slot, whoever went before.
         return Placed(last.step, fault.when(then))
     return Placed(last.step, fault.when(after(last.fault, then)))
 
