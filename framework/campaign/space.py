@@ -472,7 +472,8 @@ def draw(
     journey = rng.choices(journeys, [j.weight for j in journeys])[0]
     placed = [_placed(rng, features, journey)]
     for _ in range(rng.choices((0, 1, 2), (5, 3, 2))[0]):
-        if rng.random() < CHAINED:
+        # A brown-out's further cuts take with them what was armed when power came back.
+        if rng.random() < CHAINED and not isinstance(placed[-1].fault, BrownOut):
             placed.append(_chained(rng, features, journey, placed[-1]))
         else:
             placed.append(_placed(rng, features, journey))
