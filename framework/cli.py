@@ -535,6 +535,75 @@ def shrink(bundle: Path, rig: Path | None, runs: int, invariant: int | None, out
         raise SystemExit(EXIT_NOT_HELD)
 
 
+@cli.command()
+@click.argument("support_bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--recording",
+    "recordings",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="repeatable  [default: those in build/explore]",
+)
+@click.option(
+    "--ledger",
+    "ledgers",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="of campaigns; repeatable  [default: build/campaign/campaign.db]",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("subset", "torn", "reordered"),
+    show_default=True,
+    help="cache model under which recordings are cut; repeatable",
+)
+@BASE
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="also perform compositions there that strike where the device failed",
+)
+@click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="with --rig")
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--top", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/reproduce"),
+    show_default=True,
+    help="folder for the candidates' bundles",
+)
+def reproduce(  # noqa: PLR0917 - click passes them by name
+    support_bundle: Path,
+    recordings: tuple[Path, ...],
+    ledgers: tuple[Path, ...],
+    models: tuple[str, ...],
+    bases: dict[str, Path],
+    rig: Path | None,
+    runs: int,
+    seed: int,
+    top: int,
+    output: Path,
+) -> None:
+    """Find runs that end like a device in the field, of which there is a support bundle.
+
+    Exit codes: 0 something contradicts none of its symptoms, 1 nothing does.
+
+    Example: brownout reproduce support-20300101-120000.tar.zst --rig rigs/qemu-arm64.yaml
+    """
+    from framework.reproducer import Search, run_reproduce  # noqa: PLC0415 - as in `campaign`
+
+    if not recordings and not ledgers:
+        recordings = tuple(sorted(Path("build/explore").glob(f"*{SUFFIX}")))
+        ledgers = tuple(p for p in (Path("build/campaign/campaign.db"),) if p.is_file())
+    search = Search(recordings, bases, ledgers, parse_models(models), rig, runs, seed, top)
+    if not run_reproduce(support_bundle, search, output, Console()):
+        raise SystemExit(EXIT_NOT_HELD)
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
