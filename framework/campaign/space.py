@@ -97,7 +97,7 @@ CANDIDATES: Final = 12
 """Compositions of one index that steering chooses from."""
 CHAINED: Final = 0.4
 """How often a further fault waits for the one before."""
-SURROUNDED: Final = 0.4
+SURROUNDED: Final = 0.6
 """How often a condition such as a slow network holds meanwhile: many bugs need one."""
 MOST_DRAWN: Final = 3
 MODELS: Final[Mapping[CacheModelName, int]] = {
@@ -327,7 +327,8 @@ def _drop(rng: Random) -> Fault:
 
 
 def _slow(rng: Random) -> Fault:
-    rate = rng.choice((256, 384, 2048)) * 1024
+    # Slow enough to be kept over a restart, as the client keeps slow downloads.
+    rate = rng.choice((256, 384)) * 1024
     return slow_network(bytes_per_s=rate, lasts_s=rng.choice((20, 30)))
 
 

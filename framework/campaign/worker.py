@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,8 @@ def protected_output() -> Iterator[IO[str]]:
 
 def main() -> None:
     """Entry point of the process."""
+    # Who starts a campaign in the background has interrupts ignored, and so would this process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with protected_output() as out, contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         worker = Worker(out)
         try:
