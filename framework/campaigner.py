@@ -139,7 +139,8 @@ def run_campaign(wish: Wish, place: Place, console: Console) -> int:
         runs = ledger.runs(campaign)
         ledger.end_campaign(campaign)
         finished = next(c for c in ledger.campaigns() if c.number == campaign.number)
-        for part in told(ledger, finished, cells):
+        paths = {path.name: str(path) for path in place.rigs}
+        for part in told(ledger, finished, cells, paths):
             console.print(part, highlight=False)
         return EXIT_NOT_HELD if violating(runs) or _broken(runs) else EXIT_PASSED
 
@@ -444,8 +445,10 @@ def coverage_table(struck: Mapping[Cell, int]) -> Table:
     return table
 
 
-def told(ledger: Ledger, campaign: Campaign, cells: frozenset[Cell]) -> Iterator[RenderableType]:
-    """All that is to be said of a campaign that ended."""
+def told(
+    ledger: Ledger, campaign: Campaign, cells: frozenset[Cell], paths: Mapping[str, str]
+) -> Iterator[RenderableType]:
+    """All that is to be said of a campaign that ended; `paths` are its rigs' files by name."""
     runs = ledger.runs(campaign)
     struck = ledger.struck(campaign)
     found = summarise(runs)
@@ -484,7 +487,7 @@ def told(ledger: Ledger, campaign: Campaign, cells: frozenset[Cell]) -> Iterator
         assert run.outcome is not None
         name = name_of(campaign.seed, run.index, run.candidate)
         yield f"  {run.outcome.verdict} {name} on {run.rig}: {run.outcome.evidence}"
-        rig = f"rigs/{run.rig}"
+        rig = paths[run.rig]
         command = repeat_command(rig, campaign.seed, (run.index, run.candidate), campaign.plant)
         yield f"    {command}"
         if run.outcome.bundle:
