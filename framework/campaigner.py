@@ -135,7 +135,11 @@ def run_campaign(wish: Wish, place: Place, console: Console) -> int:
                 f" done, {len(session.planner.interrupted)} interrupted",
                 highlight=False,
             )
-        session.run()
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on from here")
+            raise
         runs = ledger.runs(campaign)
         ledger.end_campaign(campaign)
         finished = next(c for c in ledger.campaigns() if c.number == campaign.number)
