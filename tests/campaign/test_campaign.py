@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -63,8 +64,8 @@ class Bench:
         paths = tuple(self.folder / rig.name for rig in rigs)
         return Place(paths, self.folder / "out", workers, program)
 
-    def run(self, wish: Wish, workers: int = 2) -> int:
-        console = Console(file=io.StringIO(), width=200)
+    def run(self, wish: Wish, workers: int = 2, *, terminal: bool = False) -> int:
+        console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
         try:
             return run_campaign(wish, self.place(*wish.rigs, workers=workers), console)
         finally:
@@ -167,6 +168,14 @@ def test_a_rig_that_is_unusable_is_one_clear_line(bench: Bench) -> None:
     bench.script(run_1=["unusable"])
     with pytest.raises(CampaignError, match=r"^the rig burnt down$"):
         bench.run(wish())
+
+
+def test_on_a_terminal_the_runs_under_way_and_the_coverage_are_shown_live(bench: Bench) -> None:
+    (bench.folder / "script.json").write_text(json.dumps({"else": ["slow 0.8"]}))
+    assert bench.run(wish(4), terminal=True) == 0
+    assert "strikes / kinds of triggers" in bench.text
+    assert re.search(r"run 0", bench.text), "what a worker does was never shown"
+    assert re.search(r"campaign.*1 PASS", bench.text), "the verdicts so far were never shown"
 
 
 def test_it_stops_after_the_wanted_violations(bench: Bench) -> None:
