@@ -158,11 +158,11 @@ def run_only(names: Sequence[str], plant: str, place: Place, console: Console) -
     (rig_path, *others) = place.rigs
     if others:
         raise CampaignError("--only is about one run: give one --rig")
+    runs = [(name, parse_name(name)) for name in names]
     (rig,) = rigs_of(place.rigs, plant, console)
     code = EXIT_PASSED
     with Crew(1, place.output / LOG, place.program) as crew:
-        for name in names:
-            seed, index, candidate = parse_name(name)
+        for name, (seed, index, candidate) in runs:
             composition = draw(rig.features, seed, index, candidate, plant)
             console.print(f"{name} on {rig.name}: {composition}", highlight=False, markup=False)
             command = repeat_command(str(rig_path), seed, (index, candidate), plant)
