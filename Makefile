@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup setup-tests demo test lint images unit scenarios night explore server device server-night lock bench fuzz clean
+.PHONY: setup setup-tests demo test lint images unit scenarios night explore campaign server device server-night lock bench fuzz clean
 
 setup:
 	@.ci/bootstrap
@@ -57,6 +57,13 @@ explore: images
 		--judge static --judge data --judge mount --judge uboot --judge coldboot \
 		--data-checks 3000 --mounts 40 --decisions 60 --cold-boots 14 --deep 6 \
 		--report build/explore/report.html
+
+# Random compositions of faults on two rigs for a night (MINUTES=480); the same command goes on.
+MINUTES ?= 480
+campaign: images
+	.venv/bin/brownout campaign --rig rigs/qemu-arm64.yaml --rig rigs/qemu-x86_64.yaml \
+		--minutes $(MINUTES) --seed $(shell date +%Y%m%d) -j 2
+	.venv/bin/brownout campaign --history build/campaign/campaign.db
 
 # An update server with its web page on https://localhost:8443, for trying things out; the first
 # start prints the password and how to connect a device.

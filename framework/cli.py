@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from framework.campaign import BundleError, read_bundle
+from framework.campaign import BundleError, CampaignError, read_bundle
 from framework.campaign.models import CACHE_MODELS
 from framework.campaign.replay import replay as run_replay
 from framework.demo import DemoError, run_demo
@@ -434,6 +434,187 @@ def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
     console.print("reproduced")
 
 
+@cli.command()
+@click.option(
+    "--rig",
+    "rigs",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=(Path("rigs/qemu-arm64.yaml"),),
+    show_default=True,
+    help="labgrid environment to run on; repeatable",
+)
+@click.option("--runs", type=click.IntRange(1), default=None, help="how many compositions")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=None)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "-j", "--workers", type=click.IntRange(1, 64), default=None, help="[default: one a rig]"
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/campaign"),
+    show_default=True,
+    help="folder of the ledger (campaign.db) and of the bundles",
+)
+@click.option("--plant", default="", help="a planted bug (`python -m images list`), in all images")
+@click.option(
+    "--again",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="do every so many-th run that passed once more, to find flaky ones; 0: none",
+)
+@click.option("--stop-after", type=click.IntRange(0), default=0, help="end after N that violate")
+@click.option("--only", multiple=True, metavar="SEED/INDEX", help="do this run again; repeatable")
+@click.option(
+    "--history",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    metavar="DB",
+    help="show the campaigns of a ledger over time; run nothing",
+)
+def campaign(  # noqa: PLR0917 - click passes them by name
+    rigs: tuple[Path, ...],
+    runs: int | None,
+    minutes: float | None,
+    seed: int,
+    workers: int | None,
+    output: Path,
+    plant: str,
+    again: int,
+    stop_after: int,
+    only: tuple[str, ...],
+    history: Path | None,
+) -> None:
+    """Run random compositions of faults, steered towards what was not struck yet.
+
+    After an interrupt or a crash, the same command goes on. Exit codes: 0 all passed, 1 something
+    violated an invariant, 2 the rig or the ledger can't be used, 130 interrupted.
+
+    Example: brownout campaign --rig rigs/qemu-arm64.yaml --rig rigs/qemu-x86_64.yaml --runs 300
+    """
+    # Only here: neither labgrid nor a ledger is needed for the rest.
+    from framework import campaigner  # noqa: PLC0415
+    from framework.campaign.plan import Wish  # noqa: PLC0415
+
+    console = Console()
+    if history is not None:
+        campaigner.show_history(history, console)
+        return
+    place = campaigner.Place(rigs, output, workers or len(rigs))
+    if only:
+        raise SystemExit(campaigner.run_only(only, plant, place, console))
+    if runs is None and minutes is None:
+        raise click.UsageError("say how much: --runs N, --minutes M, or both")
+    seconds = None if minutes is None else minutes * 60
+    checked = campaigner.rigs_of(rigs, plant, console)
+    wish = Wish(seed, checked, runs, seconds, plant, again, stop_after)
+    raise SystemExit(campaigner.run_campaign(wish, place, console))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="labgrid environment to run on, if not the one of the bundle's name in rigs/",
+)
+@click.option("--runs", type=click.IntRange(1), default=60, show_default=True, help="at most")
+@click.option(
+    "--invariant", type=click.IntRange(1, 8), default=None, help="[default: the first violated]"
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/shrunk"),
+    show_default=True,
+    help="folder for the bundles",
+)
+def shrink(bundle: Path, rig: Path | None, runs: int, invariant: int | None, output: Path) -> None:
+    """Make a campaign's failing run smaller: what matters in it stays.
+
+    Exit codes: 0 the smallest was found, 1 the run does not violate any more.
+
+    Example: brownout shrink build/campaign/bundles/campaign-7-42-3.bundle
+    """
+    from framework.shrinker import run_shrink  # noqa: PLC0415 - as in `campaign`
+
+    console = Console()
+    if not run_shrink(bundle, rig, output, console, most_runs=runs, invariant=invariant):
+        raise SystemExit(EXIT_NOT_HELD)
+
+
+@cli.command()
+@click.argument("support_bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--recording",
+    "recordings",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="repeatable  [default: those in build/explore]",
+)
+@click.option(
+    "--ledger",
+    "ledgers",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="of campaigns; repeatable  [default: build/campaign/campaign.db]",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=("subset", "torn", "reordered"),
+    show_default=True,
+    help="cache model under which recordings are cut; repeatable",
+)
+@BASE
+@click.option(
+    "--rig",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="also perform compositions there that strike where the device failed",
+)
+@click.option("--runs", type=click.IntRange(1), default=10, show_default=True, help="with --rig")
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--top", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/reproduce"),
+    show_default=True,
+    help="folder for the candidates' bundles",
+)
+def reproduce(  # noqa: PLR0917 - click passes them by name
+    support_bundle: Path,
+    recordings: tuple[Path, ...],
+    ledgers: tuple[Path, ...],
+    models: tuple[str, ...],
+    bases: dict[str, Path],
+    rig: Path | None,
+    runs: int,
+    seed: int,
+    top: int,
+    output: Path,
+) -> None:
+    """Find runs that end like a device in the field, of which there is a support bundle.
+
+    Exit codes: 0 something contradicts none of its symptoms, 1 nothing does.
+
+    Example: brownout reproduce support-20300101-120000.tar.zst --rig rigs/qemu-arm64.yaml
+    """
+    from framework.reproducer import Search, run_reproduce  # noqa: PLC0415 - as in `campaign`
+
+    if not recordings and not ledgers:
+        recordings = tuple(sorted(Path("build/explore").glob(f"*{SUFFIX}")))
+        ledgers = tuple(p for p in (Path("build/campaign/campaign.db"),) if p.is_file())
+    search = Search(recordings, bases, ledgers, parse_models(models), rig, runs, seed, top)
+    if not run_reproduce(support_bundle, search, output, Console()):
+        raise SystemExit(EXIT_NOT_HELD)
+
+
 @cli.group()
 def report() -> None:
     """Work with the results of a run."""
@@ -465,6 +646,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except (
         BundleError,
+        CampaignError,
         DemoError,
         ResultError,
         DiskError,

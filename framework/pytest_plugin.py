@@ -30,13 +30,14 @@ import pytest
 
 from framework.campaign.collect import Collector
 from framework.faults import Fault, MissingFeatureError, Trigger, UnfiredError
-from framework.network import FaultProxy, ProxyEvent
+from framework.network import FaultProxy
 from framework.report import ResultStore
 from framework.scenario.arming import Faults, missing_features
 from framework.scenario.bench import Bench, BenchError, open_bench
 from framework.scenario.device import Device, Update
 from framework.scenario.record import attach, record
-from framework.targets.errors import InfrastructureError, RigError
+from framework.scenario.stage import staged_device, staged_faults
+from framework.targets.errors import RigError
 from framework.targets.rig import check_rig, rig_features
 from framework.verdict import Outcome, Verdict, ViolationError
 from images import ImageError, Progress, build_target, recipe_names
@@ -238,29 +239,23 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
 
     if store is not None:
         store.progress(nodeid, "begin", _title(request.node))
-    made = bench.device(
+    bundles = request.config.getoption("brownout_bundles")
+
+    def collect(made: Device) -> None:
+        if bundles is not None:
+            rig = Path(request.config.getoption("lg_env"))
+            run_seed = int(request.config.getoption("brownout_seed"))
+            request.node.stash[COLLECTOR] = Collector(bundles, rig, run_seed, made)
+
+    with staged_device(
+        bench,
+        proxy,
         _variant(request, "base", DEFAULT_BASE),
         say=say,
         step=allure.step,
         managed=request.node.get_closest_marker("managed") is not None,
-    )
-
-    def heard(event: ProxyEvent) -> None:
-        made.note("network", event.text)
-
-    proxy.on_event = heard
-    bundles = request.config.getoption("brownout_bundles")
-    if bundles is not None:
-        rig = Path(request.config.getoption("lg_env"))
-        run_seed = int(request.config.getoption("brownout_seed"))
-        request.node.stash[COLLECTOR] = Collector(bundles, rig, run_seed, made)
-    with contextlib.closing(made):
-        made.look("at the beginning")
-        boot = made.boot()
-        if not boot.ready:
-            raise InfrastructureError(
-                "the pristine device did not become ready", evidence=boot.evidence
-            )
+        prepare=collect,
+    ) as made:
         yield made
 
 
@@ -277,16 +272,15 @@ def faults(
     """The vocabulary of faults, armed on this device."""
     store = _store(request.config)
     rig = Path(request.config.getoption("lg_env"))
-    made = Faults(device, update, proxy, _seed(request), rig_features(rig), rig.name)
+    features = rig_features(rig)
+    with staged_faults(device, update, proxy, _seed(request), features, rig.name) as made:
 
-    def armed() -> None:
-        if store is not None:
-            store.progress(request.node.nodeid, "fault", made.sentence())
+        def armed() -> None:
+            if store is not None:
+                store.progress(request.node.nodeid, "fault", made.sentence())
 
-    made.on_armed = armed
-    device.before_retry = made.clear
-    yield made
-    made.clear()
+        made.on_armed = armed
+        yield made
 
 
 @pytest.hookimpl(wrapper=True)

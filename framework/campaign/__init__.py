@@ -7,13 +7,18 @@ from framework.campaign.bundle import (
     read_bundle,
     write_bundle,
 )
+from framework.campaign.errors import CampaignError, CompositionError, CrewError, LedgerError
 from framework.campaign.steps import Divergence, compare, steps_of
 
 __all__ = [
     "Bundle",
     "BundleError",
+    "CampaignError",
+    "CompositionError",
+    "CrewError",
     "CutFacts",
     "Divergence",
+    "LedgerError",
     "compare",
     "read_bundle",
     "steps_of",

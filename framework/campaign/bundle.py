@@ -26,7 +26,8 @@ from typing import IO, Any, Final
 import zstandard
 from attrs import asdict, evolve, field, frozen
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""2: a campaign's run, with its composition. A scenario's is written as 1, as it ever was."""
 SUFFIX: Final = ".bundle"
 FACTS: Final = "bundle.json"
 RIG: Final = "rig.yaml"
@@ -77,7 +78,7 @@ class Bundle:
     """What a bundle says.
 
     Attributes:
-        scenario: the pytest node id.
+        scenario: the pytest node id, or how a campaign calls the run.
         title: what is tested, in words.
         rig: the rig file's name.
         rig_text: the rig file.
@@ -93,7 +94,8 @@ class Bundle:
         images: hashes of the images involved, by name.
         bases: path and hash of the disks' base images, by device.
         journal_sha256: of the journal, unpacked; empty without one.
-        format: the version that wrote it.
+        composition: of a campaign's run, `Composition` as plain values; else None.
+        format: the version that it is written in.
     """
 
     scenario: str
@@ -112,7 +114,8 @@ class Bundle:
     images: dict[str, str] = field(factory=dict)
     bases: dict[str, tuple[str, str]] = field(factory=dict)
     journal_sha256: str = ""
-    format: int = FORMAT
+    composition: dict[str, Any] | None = None
+    format: int = 1
 
 
 def write_bundle(
@@ -129,7 +132,9 @@ def write_bundle(
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             if journal is not None:
                 bundle = _with_journal(bundle, archive, journal)
-            fields = asdict(bundle)
+            fields = asdict(_in_its_version(bundle))
+            if bundle.composition is None:
+                del fields["composition"]
             rig_text = fields.pop("rig_text")
             archive.writestr(FACTS, json.dumps(fields, indent=1, sort_keys=True))
             archive.writestr(RIG, rig_text)
@@ -140,6 +145,11 @@ def write_bundle(
     finally:
         temporary.unlink(missing_ok=True)
     return bundle
+
+
+def _in_its_version(bundle: Bundle) -> Bundle:
+    """The oldest version that has everything in it."""
+    return evolve(bundle, format=1 if bundle.composition is None else FORMAT)
 
 
 def _with_journal(bundle: Bundle, archive: zipfile.ZipFile, journal: Path) -> Bundle:
@@ -274,4 +284,6 @@ def _from_values(fields: Mapping[str, Any]) -> Bundle:
     for name in ("scenario", "title", "rig", "verdict", "error", "journal_sha256"):
         if not isinstance(values[name], str):
             raise TypeError(f"{name} is no text")
+    if not isinstance(values.get("composition"), dict | None):
+        raise TypeError("the composition is none")
     return Bundle(**values)

@@ -8,8 +8,9 @@ import platform
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 from framework.campaign.bundle import SUFFIX, Bundle, CutFacts, write_bundle
 from framework.campaign.replay import disk_sha256
@@ -30,12 +31,15 @@ class Collector:
         rig: the rig file.
         run_seed: the run's seed.
         device: the device of the scenario.
+        hash_at_once: hash the disks at the moment of each cut. Later they are hashed as the journal
+            has them, which is cheaper for runs that may need no bundle.
     """
 
     directory: Path
     rig: Path
     run_seed: int
     device: Device
+    hash_at_once: bool = True
     cuts: list[CutFacts] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
@@ -45,13 +49,18 @@ class Collector:
         """Hash the disks that the cut left, as the recorder serves them."""
         recorder = self.device.machine.recorder
         digests = {}
-        for name in recorder.devices:
+        for name in recorder.devices if self.hash_at_once else ():
             with recorder.disk(name) as disk:
                 digests[name] = disk_sha256(disk)
         self.cuts.append(CutFacts(cut.index, cut.operation, cut.model, cut.seed, digests))
 
-    def write(self, result: ScenarioResult, faults: Faults | None) -> Path:
-        """Write the bundle of a scenario that has been judged.
+    def write(
+        self,
+        result: ScenarioResult,
+        faults: Faults | None,
+        composition: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write the bundle of a run that has been judged; one of a campaign has a composition.
 
         Raises:
             BundleError: it can't be written.
@@ -63,6 +72,8 @@ class Collector:
         with contextlib.suppress(DiskError):
             header = JournalReader(recorder.journal_path).header
             bases = {d.name: (str(d.base.path), d.base.sha256) for d in header.devices}
+            if not self.hash_at_once:
+                self.cuts = [self._hashed(cut) for cut in self.cuts]
         if not bases:
             journal = None
         path = self.directory / f"{name_of(result.scenario)}{SUFFIX}"
@@ -88,11 +99,22 @@ class Collector:
                 },
                 images={name: facts.sha256 for name, facts in device.images.items()},
                 bases=bases,
+                composition=composition,
             ),
             console="".join(format_line(line) for line in device.console_lines()),
             journal=journal,
         )
         return path
+
+    def _hashed(self, cut: CutFacts) -> CutFacts:
+        """A cut with the disks' hashes, of the journal. Raises DiskError."""
+        recorder = self.device.machine.recorder
+        reader = JournalReader(recorder.journal_path)
+        digests = {}
+        for name in recorder.devices:
+            with reader.after_cut(cut.index, name) as disk:
+                digests[name] = disk_sha256(disk)
+        return evolve(cut, disks=digests)
 
 
 def name_of(scenario: str) -> str:

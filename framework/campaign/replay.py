@@ -9,6 +9,7 @@ then the first differing step is named.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -114,6 +115,8 @@ def run_again(bundle: Bundle, rig: Path, say: Say) -> Bundle:
         BundleError: it could not be run.
     """
     with tempfile.TemporaryDirectory(prefix="brownout-replay-") as folder:
+        if bundle.composition is not None:
+            return _perform_again(bundle, rig, Path(folder), say)
         arguments = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *(bundle.scenario, "--lg-env", str(rig)),
@@ -131,6 +134,36 @@ def run_again(bundle: Bundle, rig: Path, say: Say) -> Bundle:
             last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["no output"]
             raise BundleError(f"{bundle.scenario} could not be run again: {last[0]}")
         return read_bundle(found[0])
+
+
+def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say) -> Bundle:
+    """Perform a campaign's composition again; the new run's bundle. Raises BundleError."""
+    # Performing leaves bundles, whose disks are hashed here.
+    from framework.campaign.composition import Composition  # noqa: PLC0415
+    from framework.campaign.perform import Place, needs, perform  # noqa: PLC0415
+    from framework.scenario.bench import open_bench_on  # noqa: PLC0415
+    from framework.targets.rig import rig_features  # noqa: PLC0415
+
+    composition = Composition.from_values(bundle.composition)
+    features = rig_features(rig)
+    missing = sorted(composition.features() - features)
+    if missing:
+        raise BundleError(
+            f"{bundle.scenario}: needs the feature {', '.join(missing)}, which {rig} does not have"
+        )
+    say(f"performing {composition}")
+    with contextlib.closing(open_bench_on(rig, needs(composition))) as bench:
+        done = perform(
+            Place(bench, rig, features),
+            composition,
+            title=bundle.scenario,
+            repeat="",
+            bundles=folder,
+            always=True,
+        )
+    if not done.bundle:
+        raise BundleError(f"{bundle.scenario} could not be run again: {done.evidence}")
+    return read_bundle(Path(done.bundle))
 
 
 def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Replayed:

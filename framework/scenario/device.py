@@ -276,6 +276,16 @@ class Device:
             self.did.append(f"`{command}` ended with {result.code}")
             return result
 
+    def operate(self, command: str, timeout_s: float = COMMAND_TIMEOUT_S) -> CommandResult | None:
+        """As `command`; None if power went meanwhile, or the device died as a fault makes it."""
+        self._step_began = self.machine.pump.position
+        try:
+            return self.command(command, timeout_s)
+        except (ConsoleLost, ConsoleDeath) as error:
+            self._cut_short(error)
+            self.did.append(f"`{command}` cut short")
+            return None
+
     def heard(self, text: str) -> str:
         """The last line of the console since the scenario began that has this text, or nothing."""
         for line in reversed(self.machine.pump.slice(self._begun_at).lines):
@@ -385,12 +395,7 @@ class Device:
             command = INTERRUPTIBLE.format(self.uut.install(update.url))
             result = self.strategy.run(command, timeout_s)
         except (ConsoleLost, ConsoleDeath) as error:
-            if self.machine.power_loss is None and self.restart_expected():
-                self.note("boot", f"the system died: {error}".splitlines()[0])
-            elif isinstance(error, ConsoleDeath):
-                raise
-            else:
-                self.power_went()
+            self._cut_short(error)
             self.did.append(f"install of {update.name} cut short")
             return InstallEnded(update.name, None)
         except ConsoleTimeout:
@@ -404,6 +409,15 @@ class Device:
             self.did.append(f"{update.name} refused: {cause}")
         self.note("updater", f"install ended with exit code {result.code} {cause}".strip())
         return InstallEnded(update.name, result.code, cause)
+
+    def _cut_short(self, error: ConsoleLost | ConsoleDeath) -> None:
+        """A command was cut short: by a fault that makes the device restart, or by a power cut."""
+        if self.machine.power_loss is None and self.restart_expected():
+            self.note("boot", f"the system died: {error}".splitlines()[0])
+        elif isinstance(error, ConsoleDeath):
+            raise error
+        else:
+            self.power_went()
 
     def _leave_canary(self) -> None:
         result = self.strategy.run(CANARY_COMMAND, COMMAND_TIMEOUT_S)

@@ -7,6 +7,7 @@ ours. Others (Mender, RAUC, SWUpdate) are further implementations of the same pr
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -148,7 +149,7 @@ class BrownoutUpdater:
         Raises:
             UutError: the image or key can't be read, or the artifact can't be written.
         """
-        temporary = destination.with_suffix(".tmp")
+        temporary = destination.with_suffix(f".{os.getpid()}.tmp")
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             write_artifact(

@@ -14,10 +14,12 @@ from disk_nbd_client import Client
 
 from framework.campaign import Bundle, BundleError, CutFacts, compare, read_bundle, write_bundle
 from framework.campaign.bundle import FACTS, FORMAT, JOURNAL, read_console, unpack_journal
+from framework.campaign.composition import Composition, Placed, Step
 from framework.campaign.replay import check_disks, disk_sha256
 from framework.campaign.steps import Divergence, steps_of
 from framework.cli import main
 from framework.disk import DeviceSpec, JournalReader, Recorder, TornSector, VolatileCache
+from framework.faults import flush, power_cut
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -45,6 +47,12 @@ A_BUNDLE = Bundle(
     versions={"brownout": "0.1"},
     images={"v2": "cd" * 32},
     bases={"vda": ("/images/disk.img", "ef" * 32)},
+)
+A_COMPOSITION = Composition(
+    "v1",
+    (Step("install", "v2"), Step("restart")),
+    (Placed(0, power_cut("torn").when(flush(2))),),
+    seed=5,
 )
 
 
@@ -194,6 +202,48 @@ def test_a_bundle_of_every_version_stays_readable() -> None:
         assert found.scenario == A_BUNDLE.scenario
         assert found.steps == A_BUNDLE.steps
         assert found.cuts == A_BUNDLE.cuts
+        assert (found.composition is None) == (found.format == 1)
+        if found.composition is not None:
+            assert Composition.from_values(found.composition) == A_COMPOSITION
+
+
+def test_a_campaigns_bundle_keeps_its_composition_and_a_scenarios_is_written_as_ever(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.bundle"
+    write_bundle(path, evolve(A_BUNDLE, composition=A_COMPOSITION.to_values()))
+    found = read_bundle(path)
+    assert found.format == 2
+    assert Composition.from_values(found.composition) == A_COMPOSITION
+    write_bundle(path, A_BUNDLE)
+    assert read_bundle(path).format == 1
+
+
+@pytest.mark.parametrize(
+    ("bundle", "says"),
+    [
+        (A_BUNDLE, "has no composition: it is of scenarios/test_power.py"),
+        (evolve(A_BUNDLE, composition={"steps": 7}), "no composition"),
+        (
+            evolve(A_BUNDLE, verdict="PASS", findings=(), composition=A_COMPOSITION.to_values()),
+            "PASS violates no invariant",
+        ),
+    ],
+    ids=["a scenario's", "damaged", "passed"],
+)
+def test_what_can_not_be_shrunk_is_one_clear_line(
+    tmp_path: Path, bundle: Bundle, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.bundle"
+    write_bundle(path, bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["brownout", "shrink", str(path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert says in errors[0]
 
 
 SLOTS = {"a": SlotState(SlotContent.IMAGE, "v1"), "b": SlotState(SlotContent.UNLOADABLE)}

@@ -1,0 +1,355 @@
+"""The ledger of campaigns: one SQLite file with every run, durable run by run.
+
+A run is entered when it begins and completed when it ends, each in a transaction that is synced, so
+whatever ends the harness leaves at most the runs under way incomplete; they are done again. The
+file's version stands in `user_version`; what is newer than this program is refused, as is what is
+no ledger. Several campaigns share a file: their trends are what it is kept for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from attrs import asdict, field, frozen
+
+from framework.campaign.errors import LedgerError
+from framework.campaign.perform import Performed
+from framework.campaign.space import Cell
+
+LEDGER_VERSION: Final = 1
+APPLICATION_ID: Final = 0x42524F4C
+_BUSY_S: Final = 20.0
+
+_SCHEMA: Final = """
+CREATE TABLE campaign (
+    id INTEGER PRIMARY KEY,
+    seed INTEGER NOT NULL,
+    plant TEXT NOT NULL,
+    rigs TEXT NOT NULL,
+    bound TEXT NOT NULL,
+    program TEXT NOT NULL,
+    cells INTEGER NOT NULL,
+    started TEXT NOT NULL,
+    spent_s REAL NOT NULL DEFAULT 0,
+    ended TEXT
+) STRICT;
+CREATE TABLE run (
+    id INTEGER PRIMARY KEY,
+    campaign INTEGER NOT NULL REFERENCES campaign(id),
+    number INTEGER NOT NULL,
+    candidate INTEGER NOT NULL,
+    rig TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    worker INTEGER NOT NULL,
+    composition TEXT NOT NULL,
+    begun TEXT NOT NULL,
+    ended TEXT,
+    verdict TEXT,
+    outcome TEXT
+) STRICT;
+CREATE INDEX run_of_campaign ON run (campaign, number);
+CREATE TABLE strike (
+    run INTEGER NOT NULL REFERENCES run(id),
+    state TEXT NOT NULL,
+    fault TEXT NOT NULL,
+    "trigger" TEXT NOT NULL
+) STRICT;
+"""
+
+
+@frozen
+class Campaign:
+    """One campaign.
+
+    Attributes:
+        number: in this ledger.
+        seed: of all compositions.
+        plant: the bug planted into the images; empty for none.
+        rigs: the rig files' names.
+        bound: such as `300 runs` or `45 minutes`.
+        program: the program's version.
+        cells: how many cells there are to cover.
+        started, ended: when, UTC; ended is None while it goes on, or was interrupted.
+        spent_s: seconds that it ran, over all its sessions.
+    """
+
+    number: int
+    seed: int
+    plant: str
+    rigs: tuple[str, ...]
+    bound: str
+    program: str
+    cells: int
+    started: str
+    spent_s: float = 0.0
+    ended: str | None = None
+
+
+@frozen
+class Run:
+    """One run.
+
+    Attributes:
+        key: in this ledger.
+        index, candidate: name its composition, with the campaign's seed.
+        rig: the rig file's name.
+        purpose: `drawn`, `retry` (the rig had failed), `again` (to see whether it is flaky).
+        worker: who did it.
+        composition: as JSON.
+        outcome: how it ended; None while it is under way, or was interrupted.
+    """
+
+    key: int
+    index: int
+    candidate: int
+    rig: str
+    purpose: str
+    worker: int
+    composition: str
+    outcome: Performed | None = field(default=None)
+
+
+class Ledger:
+    """An open ledger; use it as a context manager.
+
+    Raises:
+        LedgerError: the file is damaged, newer than this program, no ledger, or can't be written.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self.path = path
+        if not create and not path.is_file():
+            raise LedgerError(f"ledger {path}: no such file")
+        with self._told():
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        try:
+            with self._told():
+                self._open()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _open(self) -> None:
+        execute = self._database.execute
+        version = int(execute("PRAGMA user_version").fetchone()[0])
+        application = int(execute("PRAGMA application_id").fetchone()[0])
+        tables = int(execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
+        if application != APPLICATION_ID and (tables or version):
+            raise LedgerError(f"ledger {self.path}: a database, but no ledger of campaigns")
+        if version > LEDGER_VERSION:
+            raise LedgerError(
+                f"ledger {self.path}: version {version}, this program knows up to "
+                f"{LEDGER_VERSION}: update it"
+            )
+        # A crash of the machine, too, loses no run that was told of.
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = FULL")
+        execute("PRAGMA foreign_keys = ON")
+        if tables == 0:
+            self._database.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; "
+                f"PRAGMA user_version = {LEDGER_VERSION}; COMMIT;"
+            )
+        elif execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise LedgerError(f"ledger {self.path}: damaged; move it away, or restore a copy")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def __enter__(self) -> Ledger:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    # -- campaigns ---------------------------------------------------------------------------
+
+    def campaigns(self) -> list[Campaign]:
+        """All campaigns, oldest first."""
+        with self._told():
+            rows = self._database.execute(
+                "SELECT id, seed, plant, rigs, bound, program, cells, started, spent_s, ended "
+                "FROM campaign ORDER BY id"
+            ).fetchall()
+            return [
+                Campaign(row[0], row[1], row[2], tuple(json.loads(row[3])), *row[4:])
+                for row in rows
+            ]
+
+    def open_campaign(self, wanted: Campaign) -> tuple[Campaign, bool]:
+        """The unfinished campaign that is the same as `wanted`, or a new one; and whether it is."""
+        for campaign in reversed(self.campaigns()):
+            same = (campaign.seed, campaign.plant, campaign.rigs, campaign.bound)
+            if campaign.ended is None and same == (
+                wanted.seed,
+                wanted.plant,
+                wanted.rigs,
+                wanted.bound,
+            ):
+                return campaign, False
+        with self._told():
+            self._database.execute(
+                "INSERT INTO campaign (seed, plant, rigs, bound, program, cells, started) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (
+                    wanted.seed,
+                    wanted.plant,
+                    json.dumps(wanted.rigs),
+                    wanted.bound,
+                    wanted.program,
+                    wanted.cells,
+                    wanted.started,
+                ),
+            )
+        return self.campaigns()[-1], True
+
+    def end_campaign(self, campaign: Campaign) -> None:
+        """It is complete."""
+        with self._told():
+            self._database.execute(
+                "UPDATE campaign SET ended = ? WHERE id = ?", (utc_now(), campaign.number)
+            )
+
+    def spend(self, campaign: Campaign, seconds: float) -> None:
+        """It ran for so many more seconds."""
+        with self._told():
+            self._database.execute(
+                "UPDATE campaign SET spent_s = spent_s + ? WHERE id = ?",
+                (seconds, campaign.number),
+            )
+
+    # -- runs --------------------------------------------------------------------------------
+
+    def begin(self, campaign: Campaign, run: Run) -> int:
+        """Enter a run that begins; its key."""
+        with self._told():
+            added = self._database.execute(
+                "INSERT INTO run (campaign, number, candidate, rig, purpose, worker, composition,"
+                " begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    campaign.number,
+                    run.index,
+                    run.candidate,
+                    run.rig,
+                    run.purpose,
+                    run.worker,
+                    run.composition,
+                    utc_now(),
+                ),
+            )
+        return int(added.lastrowid or 0)
+
+    def end(self, key: int, outcome: Performed) -> None:
+        """Complete a run, with the cells that it struck, in one transaction."""
+        with self._told(), self._transaction():
+            self._database.execute(
+                "UPDATE run SET ended = ?, verdict = ?, outcome = ? WHERE id = ?",
+                (utc_now(), outcome.verdict, json.dumps(asdict(outcome)), key),
+            )
+            self._database.executemany(
+                "INSERT INTO strike VALUES (?, ?, ?, ?)",
+                [(key, cell.state, cell.fault, cell.trigger) for cell in outcome.strikes],
+            )
+
+    def forget_interrupted(self, campaign: Campaign) -> list[Run]:
+        """Take out the runs that were begun and never ended; they are returned."""
+        interrupted = [run for run in self.runs(campaign) if run.outcome is None]
+        with self._told():
+            self._database.execute(
+                "DELETE FROM run WHERE campaign = ? AND ended IS NULL", (campaign.number,)
+            )
+        return interrupted
+
+    def runs(self, campaign: Campaign) -> list[Run]:
+        """The campaign's runs, in the order of their beginning."""
+        with self._told():
+            rows = self._database.execute(
+                "SELECT id, number, candidate, rig, purpose, worker, composition, outcome "
+                "FROM run WHERE campaign = ? ORDER BY id",
+                (campaign.number,),
+            ).fetchall()
+            return [_run(*row) for row in rows]
+
+    def struck(self, campaign: Campaign) -> Counter[Cell]:
+        """How often each cell was struck in a campaign."""
+        with self._told():
+            rows = self._database.execute(
+                'SELECT state, fault, "trigger", count(*) FROM strike JOIN run ON run.id = run '
+                "WHERE campaign = ? GROUP BY 1, 2, 3",
+                (campaign.number,),
+            ).fetchall()
+        return Counter({Cell(*row[:3]): int(row[3]) for row in rows})
+
+    # -- inside ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what goes wrong into one line that names the file and says what to do."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            text = str(error)
+            if "full" in text:
+                text = "the disk is full; free some space, the same command goes on"
+            elif "not a database" in text or "malformed" in text:
+                text = f"damaged ({text}); move it away, or restore a copy"
+            raise LedgerError(f"ledger {self.path}: {text}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise LedgerError(f"ledger {self.path}: damaged: {error!r:.120}") from error
+        except OSError as error:
+            raise LedgerError(f"ledger {self.path}: {error.strerror}") from error
+
+
+def _run(key: int, *row: Any) -> Run:
+    index, candidate, rig, purpose, worker, composition, outcome = row
+    return Run(key, index, candidate, rig, purpose, worker, composition, outcome_of(outcome))
+
+
+def outcome_of(text: str | None) -> Performed | None:
+    """A run's outcome of its JSON. Raises ValueError, TypeError or KeyError."""
+    if text is None:
+        return None
+    return outcome_from_values(json.loads(text))
+
+
+def outcome_from_values(values: Mapping[str, Any]) -> Performed:
+    """A run's outcome of plain values. Raises ValueError, TypeError or KeyError."""
+    fields = dict(values)
+    fields["strikes"] = tuple(Cell(**cell) for cell in fields["strikes"])
+    for name in ("violated", "unfired", "steps"):
+        fields[name] = tuple(fields[name])
+    return Performed(**fields)
+
+
+def utc_now() -> str:
+    """Now, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
