@@ -437,7 +437,7 @@ def report_html(results: Path, output: Path, title: str) -> None:
 
     Example: brownout report html build/demo/results --output report.html
     """
-    click.echo(write_report(ResultStore(results).read_all(), output, title))
+    click.echo(write_report(ResultStore(results).stored(), output, title))
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 from attrs import frozen
 
+from framework.network.meter import Meter
 from framework.network.plan import (
     ENDS_CONNECTIONS,
     MANGLING,
@@ -98,6 +99,7 @@ class FaultProxy:
     ) -> None:
         self.upstream = upstream
         self.bytes_forwarded: dict[Direction, int] = {"up": 0, "down": 0}
+        self.meter = Meter()
         self.connections = 0
         self._listen = (listen_host, listen_port)
         self.on_event = on_event
@@ -318,12 +320,17 @@ class FaultProxy:
                     await self._healthy.wait()
                 writer.write(chunk[:clean])
                 await writer.drain()
-                self.bytes_forwarded[direction] += clean
+                self._count(direction, clean)
                 chunk = chunk[clean:]
                 if armed is not None:
                     chunk = await self._happen(armed, chunk, writer, direction, link)
         with contextlib.suppress(OSError, RuntimeError):
             writer.write_eof()
+
+    def _count(self, direction: Direction, size_bytes: int) -> None:
+        self.bytes_forwarded[direction] += size_bytes
+        forwarded = self.bytes_forwarded
+        self.meter.note(time.monotonic_ns(), forwarded["up"], forwarded["down"])
 
     def _due(self, direction: Direction, length: int) -> tuple[_Armed | None, int]:
         """The fault due within the next `length` bytes, and the bytes to forward before it."""
@@ -367,7 +374,7 @@ class FaultProxy:
             extra = len(mangled) - len(rest)
             writer.write(mangled[: 1 + extra])
             await writer.drain()
-            self.bytes_forwarded[direction] += 1 + extra
+            self._count(direction, 1 + extra)
             return mangled[1 + extra :]
         self._begin(fault)
         if fault.kind in ENDS_CONNECTIONS:
