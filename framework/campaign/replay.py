@@ -152,8 +152,9 @@ def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Repl
     if disks_only:
         return Replayed(disks, None, "")
     again = run_again(bundle, rig, say)
-    return Replayed(disks, compare(_course(bundle), _course(again)), again.verdict)
+    return Replayed(disks, compare(course_of(bundle), course_of(again)), again.verdict)
 
 
-def _course(bundle: Bundle) -> tuple[str, ...]:
+def course_of(bundle: Bundle) -> tuple[str, ...]:
+    """What a run did, up to its verdict: what two runs are compared by."""
     return (*bundle.steps, f"verdict {bundle.verdict}")
