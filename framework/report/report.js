@@ -190,8 +190,7 @@ function consoleOf(run) {
     onpick: (pick) => lines.forEach(({ at, line }) => line.addEventListener("click", () => pick(at))),
     goTo(at) {
       here?.classList.remove("here");
-      here = null;
-      for (const each of lines) if (each.at <= at || !here) here = each.line;
+      here = nearest(lines.map((each) => [each.at, each.line]), at, Infinity)?.[1];
       if (!here) return;
       here.classList.add("here");
       list.scrollTop = here.offsetTop - list.clientHeight / 2;

@@ -192,7 +192,7 @@ class ResultStore:
 
     def write(self, result: ScenarioResult) -> Path:
         """Write one result; an older one of the same scenario is replaced."""
-        path = self.directory / f"{_slug(result.scenario)}{SUFFIX}"
+        path = self.directory / f"{name_of(result.scenario)}{SUFFIX}"
         text = json.dumps({"format": FORMAT_VERSION, **asdict(result)}, indent=1)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with _told(path):
@@ -228,7 +228,7 @@ class StoredResults(Collection[ScenarioResult]):
 
 def _read(path: Path) -> ScenarioResult:
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ResultError(f"{path}: not a result file of this version: {error}") from error
 
@@ -242,7 +242,8 @@ def _told(path: Path) -> Iterator[None]:
         raise ResultError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _from_json(data: dict[str, Any]) -> ScenarioResult:
+def from_json(data: dict[str, Any]) -> ScenarioResult:
+    """A result from what `ResultStore.write` wrote. Raises ValueError, TypeError or KeyError."""
     if data.pop("format") != FORMAT_VERSION:
         raise ValueError(f"format is not {FORMAT_VERSION}")
     parts = {
@@ -260,7 +261,7 @@ def _from_json(data: dict[str, Any]) -> ScenarioResult:
     return ScenarioResult(**data)
 
 
-def _slug(scenario: str) -> str:
-    """A file name for a node id: readable, and unique by a hash of the whole."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", scenario).strip("-")[-80:]
+def name_of(scenario: str) -> str:
+    """A file name for a scenario: readable, and unique by a hash of the whole."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", scenario)[-80:].strip("-")
     return f"{readable}-{hashlib.sha256(scenario.encode()).hexdigest()[:8]}"
