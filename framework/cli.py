@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from framework.campaign import BundleError, CampaignError, read_bundle
+from framework import replayer
+from framework.campaign import BundleError, CampaignError
 from framework.campaign.models import CACHE_MODELS
-from framework.campaign.replay import replay as run_replay
 from framework.demo import DemoError, run_demo
 from framework.disk import MODELS, DiskError
 from framework.explore.examine import Bounds
@@ -399,7 +399,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--rig",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -407,31 +407,40 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     help="labgrid environment to run on, if not the one of the bundle's name in rigs/",
 )
 @click.option("--disks-only", is_flag=True, help="rebuild the disks from the journal; run nothing")
-def replay(bundle: Path, rig: Path | None, disks_only: bool) -> None:
+@click.option("--console", is_flag=True, help="boot what a cut left, with its console attached")
+@click.option("--gdb", is_flag=True, help="as --console, but wait for a debugger before anything")
+@click.option(
+    "--cut",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="which cut's disks --console and --gdb boot",
+)
+def replay(  # noqa: PLR0917 - click passes them by name
+    bundles: tuple[Path, ...],
+    rig: Path | None,
+    disks_only: bool,
+    console: bool,
+    gdb: bool,
+    cut: int,
+) -> None:
     """Do a bundle's run again: `reproduced`, or `diverged at event K`.
 
-    Example: brownout replay build/bundles/test-power.bundle
-    """
-    console = Console()
-    facts = read_bundle(bundle)
-    if facts.scenario.startswith("simulate "):
-        from framework.simulator import run_bundle  # noqa: PLC0415 - as for `simulate`
+    Several bundles, or a folder of them, end in a table. Exit codes: 0 all reproduced, 1 one came
+    out otherwise, 2 a bundle or rig can't be used, 130 interrupted.
 
-        done = run_bundle(facts, console)
-    else:
-        done = run_replay(
-            bundle,
-            rig or Path("rigs") / facts.rig,
-            lambda text: console.print(text, markup=False, soft_wrap=True),
-            disks_only=disks_only,
-        )
-    for difference in done.disks:
-        console.print(f"not the same: {difference}", markup=False)
-    if done.divergence is not None:
-        console.print(str(done.divergence), markup=False)
-    if not done.reproduced:
+    Example: brownout replay build/bundles/test-power.bundle --console
+    """
+    terminal = Console()
+    paths = replayer.bundles_in(bundles)
+    if console or gdb:
+        if len(paths) != 1:
+            raise click.UsageError("--console and --gdb take one bundle")
+        replayer.run_console(paths[0], rig, cut, terminal, gdb=gdb)
+        return
+    if not replayer.run_replay(paths, rig, terminal, disks_only=disks_only):
         raise SystemExit(EXIT_NOT_HELD)
-    console.print("reproduced")
 
 
 @cli.command()
@@ -629,7 +638,7 @@ def report_html(results: Path, output: Path, title: str) -> None:
 
     Example: brownout report html build/demo/results --output report.html
     """
-    click.echo(write_report(ResultStore(results).read_all(), output, title))
+    click.echo(write_report(ResultStore(results).stored(), output, title))
 
 
 def main() -> None:

@@ -9,13 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import select
-import sys
 import tempfile
-import termios
 import time
-import tty
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +47,7 @@ from framework.targets.machine import Machine
 from framework.targets.qemu import RecordedQEMUDriver
 from framework.targets.rig import load_rig
 from framework.targets.uut import BrownoutUpdater
+from framework.terminal import keys, raw_terminal, show
 
 JUDGES: Final = ("static", "data", "mount", "uboot", "coldboot")
 DISHONEST: Final = ("lying", "sd")
@@ -71,7 +67,6 @@ EXIT_DISAGREEMENT: Final = 3
 MAX_BUNDLES: Final = 20
 ALL_MODELS: Final = "all"
 RESTART: Final = "sync; reboot -f"
-_ESCAPE: Final = b"\x1d"  # Ctrl-]
 
 
 @frozen
@@ -183,14 +178,19 @@ def _on_card(facts: Mapping[str, Any]) -> bool:
 
 def machine_of(facts: Mapping[str, Any], rig: Path | None) -> Machine:
     """The machine to boot a recording's states on. Raises RigError."""
+    pflash = facts.get("pflash")
     path = rig or Path("rigs") / f"{facts.get('rig', '')}.yaml"
+    return machine_on(path, None if pflash is None else Path(pflash))
+
+
+def machine_on(path: Path, pflash: Path | None = None) -> Machine:
+    """The machine of a rig file; `pflash` replaces its own. Raises RigError."""
     target = load_rig(path).get_target("main")
     driver = None if target is None else target.get_driver("RecordedQEMUDriver", activate=False)
     if not isinstance(driver, RecordedQEMUDriver):
         raise RigError(f"{path}: has no RecordedQEMUDriver to boot a state on")
     driver.preflight()
-    pflash = facts.get("pflash")
-    return driver.description(None if pflash is None else Path(pflash))
+    return driver.description(pflash)
 
 
 @contextlib.contextmanager
@@ -745,8 +745,8 @@ def run_boot_state(
         machine = machine_of(opened.facts, rig)
         with Workplace() as place, StateMachine(machine, disks, place) as running:
             console.print("console attached; Ctrl-] ends it")
-            with _raw_terminal():
-                running.converse(_keys, _show)
+            with raw_terminal():
+                running.converse(keys, show)
 
 
 def _one_a_disk(path: Path, name: str, disks: Mapping[str, object]) -> Path:
@@ -768,31 +768,3 @@ def run_import(log: Path, base: Path, facts: Path, device: str, output: Path) ->
         import_log(log, base, journal, device=device)
         Context.of(JournalReader(journal), told)
         return write_recording(journal, output, told)
-
-
-def _show(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
-def _keys() -> bytes | None:
-    """What was typed since the last call; None: the end."""
-    ready, _, _ = select.select([sys.stdin], [], [], 0)
-    if not ready:
-        return b""
-    data = os.read(sys.stdin.fileno(), 4096)
-    return None if not data or _ESCAPE in data else data
-
-
-@contextlib.contextmanager
-def _raw_terminal() -> Iterator[None]:
-    """Keys go to the machine one by one, if this is a terminal; restored whatever happens."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setraw(sys.stdin)
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -340,10 +340,12 @@ def _leave(
         scenario=item.nodeid,
         title=_title(item),
         device=device,
-        fault="" if faults is None else faults.sentence(),
-        seed=0 if faults is None else faults.seed,
+        faults=faults,
+        proxy=getattr(item, "funcargs", {}).get("proxy"),
         verdict=verdict,
         failure=failure,
+        feature=_label(item, "feature"),
+        story=_label(item, "story"),
     )
     attach(result)
     store = _store(item.config)
@@ -353,6 +355,14 @@ def _leave(
     collector = item.stash.get(COLLECTOR, None)
     if collector is not None:
         collector.write(result, faults)
+
+
+def _label(item: pytest.Item, kind: str) -> str:
+    """What an Allure decorator says of a scenario, such as its feature; or nothing."""
+    for marker in item.iter_markers("allure_label"):
+        if marker.kwargs.get("label_type") == kind:
+            return str(marker.args[0])
+    return ""
 
 
 def _title(item: pytest.Item) -> str:

@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from framework.campaign.bundle import SUFFIX, Bundle, read_bundle
-from framework.campaign.kept import RIG, is_simulated, keep, live_again, schedule_of
+from framework.campaign.bundle import SUFFIX, read_bundle
+from framework.campaign.kept import RIG, is_simulated, keep, schedule_of
 from framework.campaign.lifetimes import Fault, Schedule, live
 from framework.campaign.models import CACHE_MODELS
-from framework.campaign.replay import Replayed
 from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
 from framework.faults import FaultError
 from framework.targets.errors import SimulationError
@@ -137,16 +136,6 @@ def run_replay(given: str, console: Console) -> int:
         if finding.held is False:
             console.print(f"  {finding.invariant}: {finding.evidence}", markup=False)
     return EXIT_VIOLATIONS if lifetime.verdict.violated else EXIT_CLEAN
-
-
-def run_bundle(bundle: Bundle, console: Console) -> Replayed:
-    """Live through the schedule of a bundle again; what differs."""
-    console.print(f"{bundle.title}: {bundle.verdict}", highlight=False, markup=False)
-    laboratory = Laboratory()
-    try:
-        return live_again(laboratory, bundle)
-    finally:
-        laboratory.close()
 
 
 def run_promote(given: str, rig: Path, console: Console) -> int:

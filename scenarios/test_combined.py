@@ -5,8 +5,10 @@ import pytest
 
 from framework.faults import (
     after,
+    bit_rot,
     boot_env_write,
     brown_out,
+    clock,
     clock_battery,
     connection,
     console,
@@ -16,6 +18,7 @@ from framework.faults import (
     link_down,
     power_cut,
     process_killed,
+    second_command,
     server_answers,
     slot_write,
     slow_disk,
@@ -175,3 +178,24 @@ def test_a_sick_image_and_two_cuts(device: Device, update: Update, faults: Fault
     device.reboot()
     boot = device.restore()
     assert boot.version == device.base.name, f"{boot.version} runs"
+
+
+@allure.story("A bad day")
+@pytest.mark.demo(cost=3)
+@pytest.mark.lg_feature(["network", "uboot"])
+def test_everything_but_the_power_fails_in_one_update(
+    device: Device, update: Update, faults: Faults
+) -> None:
+    """Clock, updater, connection, a second hand, a boot environment's copy: all in one update."""
+    faults.arm(clock("1970-01-01T00:00:10"))
+    faults.arm(process_killed("KILL").when(downloaded(percent=5)))
+    killed = device.install(update)
+    assert killed.exit_code != 0, "the updater was not killed"
+    faults.arm(connection("fin").when(downloaded(percent=40)))
+    faults.arm(second_command("rollback").when(slot_write(percent=60)))
+    ended = device.install(update)
+    assert ended.exit_code in (0, 4), ended.cause
+    faults.arm(bit_rot("boot environment", percent=0))
+    device.reboot()
+    device.read_status()
+    device.retry(update)

@@ -26,7 +26,6 @@ def goes_through(device: Device, update: Update) -> None:
 
 
 @allure.story("Connection lost")
-@pytest.mark.demo(cost=2)
 @pytest.mark.smoke
 def test_connection_lost_in_the_middle_of_the_download(
     device: Device, update: Update, faults: Faults

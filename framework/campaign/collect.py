@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from framework.campaign.steps import steps_of
 from framework.console.pump import format_line
 from framework.disk import CutRecord, DiskError, JournalReader
 from framework.report import ScenarioResult
+from framework.report.results import name_of
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device
 
@@ -115,9 +114,3 @@ class Collector:
             with reader.after_cut(cut.index, name) as disk:
                 digests[name] = disk_sha256(disk)
         return evolve(cut, disks=digests)
-
-
-def name_of(scenario: str) -> str:
-    """A file name for a node id: readable, and unique by a hash of the whole."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", scenario).strip("-")[-80:]
-    return f"{readable}-{hashlib.sha256(scenario.encode()).hexdigest()[:8]}"

@@ -237,13 +237,14 @@ class _Run:
             scenario=title,
             title=str(self.composition),
             device=self.device,
-            fault="" if self.faults is None else self.faults.sentence(),
-            seed=self.composition.seed,
+            faults=self.faults,
+            proxy=self.proxy,
             verdict=self.verdict,
             # A violation counts, whatever went wrong after it.
             failure=None if self.verdict.violated else failure,
         )
-        result = evolve(result, facts={**result.facts, "repeat": repeat})
+        facts = {**result.facts, "repeat": repeat}
+        result = evolve(result, seed=self.composition.seed, facts=facts)
         self.collector.directory = folder
         return self.collector.write(result, self.faults, self.composition.to_values())
 

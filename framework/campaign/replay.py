@@ -176,6 +176,8 @@ def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Repl
     say(f"{bundle.scenario} on {bundle.rig}, seed {bundle.run_seed}: {bundle.verdict}")
     for fault in bundle.faults:
         say(f"fault: {fault}")
+    if (lived := lived_again(bundle)) is not None:
+        return lived
     if disks_only and not bundle.cuts:
         raise BundleError(
             f"bundle {path}: the run had no power cut, so there is no disk to rebuild"
@@ -185,8 +187,21 @@ def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Repl
     if disks_only:
         return Replayed(disks, None, "")
     again = run_again(bundle, rig, say)
-    return Replayed(disks, compare(_course(bundle), _course(again)), again.verdict)
+    return Replayed(disks, compare(course_of(bundle), course_of(again)), again.verdict)
 
 
-def _course(bundle: Bundle) -> tuple[str, ...]:
+def lived_again(bundle: Bundle) -> Replayed | None:
+    """A simulated lifetime, lived through again; None for any other. Raises BundleError."""
+    # What lives leaves bundles, whose replays are defined here.
+    from framework.campaign.kept import is_simulated, live_again  # noqa: PLC0415
+    from framework.targets.simulated.laboratory import Laboratory  # noqa: PLC0415
+
+    if not is_simulated(bundle):
+        return None
+    with contextlib.closing(Laboratory()) as laboratory:
+        return live_again(laboratory, bundle)
+
+
+def course_of(bundle: Bundle) -> tuple[str, ...]:
+    """What a run did, up to its verdict: what two runs are compared by."""
     return (*bundle.steps, f"verdict {bundle.verdict}")

@@ -34,7 +34,8 @@ _READ = 65536
 _CONSOLE_LIMIT = 1 << 20
 _TURN_S = 0.5
 _KEYS_S = 0.05
-_START = b'{"execute":"qmp_capabilities"}\n{"execute":"cont"}\n'
+_LISTEN = b'{"execute":"qmp_capabilities"}\n'
+_START = _LISTEN + b'{"execute":"cont"}\n'
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,21 @@ class StateMachine:
             self.recorder.operations - before,
         )
 
-    def converse(self, keys: Callable[[], bytes | None], show: Callable[[bytes], None]) -> None:
+    def converse(
+        self,
+        keys: Callable[[], bytes | None],
+        show: Callable[[bytes], None],
+        *,
+        paused: bool = False,
+    ) -> None:
         """Let a person talk to the machine until `keys` gives None or it switches itself off.
 
-        `keys` is asked often and must not block. Raises InfrastructureError if QEMU ends.
+        `keys` is asked often and must not block. `paused`: each start waits for a debugger to let
+        it go on. Raises InfrastructureError if QEMU ends.
         """
         ended: str | None = "reset"
         while ended == "reset":
-            with self._qemu() as qemu:
+            with self._qemu(paused=paused) as qemu:
                 ended = qemu.converse(keys, show)
 
     def snapshot(
@@ -243,8 +251,10 @@ class StateMachine:
                     return Snapshot(path, wake)
         raise InfrastructureError("the guest did not get as far as its snapshot", evidence=text)
 
-    def _qemu(self, snapshot: Snapshot | None = None) -> _Qemu:
-        return _Qemu(self._machine, self.recorder, self._place, self._directory, snapshot)
+    def _qemu(self, snapshot: Snapshot | None = None, *, paused: bool = False) -> _Qemu:
+        return _Qemu(
+            self._machine, self.recorder, self._place, self._directory, snapshot, paused=paused
+        )
 
 
 def _complete(
@@ -267,9 +277,12 @@ class _Qemu:
         place: Workplace,
         directory: Path,
         snapshot: Snapshot | None,
+        *,
+        paused: bool = False,
     ) -> None:
         self._machine = machine
         self._snapshot = snapshot
+        self._paused = paused
         self._recorder = recorder
         self._place = place
         self._output = directory / "qemu-output"
@@ -301,7 +314,7 @@ class _Qemu:
                 pass_fds=(console.fileno(), monitor.fileno()),
                 environment=self._place.run.environment,
             )
-            self._monitor.sendall(_START)
+            self._monitor.sendall(_LISTEN if self._paused else _START)
         except BaseException:
             self._console.close()
             self._monitor.close()

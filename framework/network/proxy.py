@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import struct
 import threading
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 from attrs import frozen
 
+from framework.network.meter import Meter
 from framework.network.plan import (
     ENDS_CONNECTIONS,
     MANGLING,
@@ -98,6 +100,7 @@ class FaultProxy:
     ) -> None:
         self.upstream = upstream
         self.bytes_forwarded: dict[Direction, int] = {"up": 0, "down": 0}
+        self.meter = Meter()
         self.connections = 0
         self._listen = (listen_host, listen_port)
         self.on_event = on_event
@@ -126,7 +129,7 @@ class FaultProxy:
         """Bind and begin to forward."""
         host, port = self._listen
         try:
-            self._socket = socket.create_server((host, port), backlog=BACKLOG)
+            self._socket = _bound(host, port)
         except OSError as error:
             raise ProxyError(
                 f"the fault proxy cannot listen on {host}:{port}: {error.strerror}; "
@@ -210,14 +213,20 @@ class FaultProxy:
             self._heal()
             return
         healed = threading.Event()
+        failed: list[OSError] = []
 
         def heal() -> None:
-            self._heal()
+            try:
+                self._heal()
+            except OSError as error:
+                failed.append(error)
             healed.set()
 
         with contextlib.suppress(RuntimeError):  # it was closed
             self._loop.call_soon_threadsafe(heal)
             healed.wait(START_TIMEOUT_S)
+        if failed:
+            raise ProxyError(f"the fault proxy can't listen again: {failed[0].strerror}")
 
     # -- on the proxy's thread from here on ----------------------------------------------------
 
@@ -236,6 +245,7 @@ class FaultProxy:
 
     def _listen_again(self) -> None:
         assert self._socket is not None
+        _reusable(self._socket, True)
         self._socket.listen(BACKLOG)
         self._loop.add_reader(self._socket, self._accept)
 
@@ -318,12 +328,17 @@ class FaultProxy:
                     await self._healthy.wait()
                 writer.write(chunk[:clean])
                 await writer.drain()
-                self.bytes_forwarded[direction] += clean
+                self._count(direction, clean)
                 chunk = chunk[clean:]
                 if armed is not None:
                     chunk = await self._happen(armed, chunk, writer, direction, link)
         with contextlib.suppress(OSError, RuntimeError):
             writer.write_eof()
+
+    def _count(self, direction: Direction, size_bytes: int) -> None:
+        self.bytes_forwarded[direction] += size_bytes
+        forwarded = self.bytes_forwarded
+        self.meter.note(time.monotonic_ns(), forwarded["up"], forwarded["down"])
 
     def _due(self, direction: Direction, length: int) -> tuple[_Armed | None, int]:
         """The fault due within the next `length` bytes, and the bytes to forward before it."""
@@ -367,7 +382,7 @@ class FaultProxy:
             extra = len(mangled) - len(rest)
             writer.write(mangled[: 1 + extra])
             await writer.drain()
-            self.bytes_forwarded[direction] += 1 + extra
+            self._count(direction, 1 + extra)
             return mangled[1 + extra :]
         self._begin(fault)
         if fault.kind in ENDS_CONNECTIONS:
@@ -406,6 +421,7 @@ class FaultProxy:
                 self._loop.remove_reader(self._socket)
                 with contextlib.suppress(OSError):  # it refuses already
                     self._socket.shutdown(socket.SHUT_RDWR)
+                    _reusable(self._socket, False)
             case "slow":
                 self._slow = fault
             case "divert":
@@ -426,6 +442,27 @@ class FaultProxy:
             filler.setblocking(False)
             filler.connect_ex(self._socket.getsockname()[:2])
             self._fillers.append(filler)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A listening socket that keeps its port while it does not listen.
+
+    A port that the kernel chose is given up by shutdown(2), and anybody may get it meanwhile; one
+    that was asked for stays bound. So a free one is asked for by its number.
+    """
+    while True:
+        with socket.create_server((host, port), backlog=BACKLOG) as free:
+            number = free.getsockname()[1]
+        try:
+            return socket.create_server((host, number), backlog=BACKLOG)
+        except OSError as error:
+            if port or error.errno != errno.EADDRINUSE:
+                raise  # else somebody was faster, and another one is free
+
+
+def _reusable(listener: socket.socket, reusable: bool) -> None:
+    """Whether another socket may have the port as long as this one does not listen (socket(7))."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reusable)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -4,6 +4,7 @@ from framework.report.exploration import ExplorationSection, write_exploration_r
 from framework.report.html import write_report
 from framework.report.picture import CutPoint
 from framework.report.results import (
+    ConsoleLine,
     FindingRecord,
     Moment,
     OperationRecord,
@@ -11,9 +12,13 @@ from framework.report.results import (
     ResultError,
     ResultStore,
     ScenarioResult,
+    Strike,
+    Traffic,
 )
+from framework.report.story import Span, cause_of, spans_of, state_at
 
 __all__ = [
+    "ConsoleLine",
     "CutPoint",
     "ExplorationSection",
     "FindingRecord",
@@ -23,6 +28,12 @@ __all__ = [
     "ResultError",
     "ResultStore",
     "ScenarioResult",
+    "Span",
+    "Strike",
+    "Traffic",
+    "cause_of",
+    "spans_of",
+    "state_at",
     "write_exploration_report",
     "write_report",
 ]

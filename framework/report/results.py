@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import asdict, field, frozen
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROGRESS_NAME = "progress.jsonl"
+SUFFIX = ".result.json"
 
 
 class ResultError(Exception):
@@ -68,6 +69,41 @@ class RegionRecord:
 
 
 @frozen
+class Strike:
+    """A fault that struck, for the first time.
+
+    Attributes:
+        at_s: seconds into the scenario.
+        family: such as `power`.
+        what: what went wrong, without when.
+        state: what the device was doing: the updater's state, or `starting`, `Idle`, `off`.
+    """
+
+    at_s: float
+    family: str
+    what: str
+    state: str
+
+
+@frozen
+class Traffic:
+    """How many bytes the proxy had forwarded, `at_s` seconds into the scenario."""
+
+    at_s: float
+    up_bytes: int
+    down_bytes: int
+
+
+@frozen
+class ConsoleLine:
+    """A line of the console: `RX` from the device, `TX` to it, `--` a note of the harness."""
+
+    at_s: float
+    direction: str
+    text: str
+
+
+@frozen
 class ScenarioResult:
     """All that a report shows of one scenario.
 
@@ -86,7 +122,10 @@ class ScenarioResult:
         operations: the journal's operations (thinned for the picture, see `operation_count`).
         operation_count: mutating operations in all.
         regions: the disk map of the picture.
-        console: the console's text.
+        strikes: the faults that struck.
+        traffic: bytes through the proxy over time.
+        lines: the console, with its times.
+        feature, story: where a QA engineer looks for it.
         facts: whatever else identifies the run (versions, hashes, command to repeat).
     """
 
@@ -104,8 +143,17 @@ class ScenarioResult:
     operations: tuple[OperationRecord, ...] = ()
     operation_count: int = 0
     regions: tuple[RegionRecord, ...] = ()
-    console: str = ""
+    strikes: tuple[Strike, ...] = ()
+    traffic: tuple[Traffic, ...] = ()
+    lines: tuple[ConsoleLine, ...] = ()
+    feature: str = ""
+    story: str = ""
     facts: dict[str, str] = field(factory=dict)
+
+    @property
+    def console(self) -> str:
+        """What the device said, as text."""
+        return "".join(f"{line.text}\n" for line in self.lines if line.direction == "RX")
 
     @property
     def passed(self) -> bool:
@@ -144,7 +192,7 @@ class ResultStore:
 
     def write(self, result: ScenarioResult) -> Path:
         """Write one result; an older one of the same scenario is replaced."""
-        path = self.directory / f"{_slug(result.scenario)}.result.json"
+        path = self.directory / f"{name_of(result.scenario)}{SUFFIX}"
         text = json.dumps({"format": FORMAT_VERSION, **asdict(result)}, indent=1)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with _told(path):
@@ -154,14 +202,35 @@ class ResultStore:
 
     def read_all(self) -> list[ScenarioResult]:
         """All results in the folder, ordered by scenario."""
-        return sorted(self._read(), key=lambda result: result.scenario)
+        return sorted(self.stored(), key=lambda result: result.scenario)
 
-    def _read(self) -> Iterator[ScenarioResult]:
-        for path in self.directory.glob("*.result.json"):
-            try:
-                yield _from_json(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise ResultError(f"{path}: not a result file of this version: {error}") from error
+    def stored(self) -> StoredResults:
+        """The results in the folder, each read when it is asked for: there may be thousands."""
+        return StoredResults(tuple(sorted(self.directory.glob(f"*{SUFFIX}"))))
+
+
+class StoredResults(Collection[ScenarioResult]):
+    """Results in files, read anew each time they are gone through, in the order of their names."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, result: object) -> bool:
+        return any(each == result for each in self)
+
+    def __iter__(self) -> Iterator[ScenarioResult]:
+        """The results. Raises ResultError for one that can't be read."""
+        return map(_read, self._paths)
+
+
+def _read(path: Path) -> ScenarioResult:
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ResultError(f"{path}: not a result file of this version: {error}") from error
 
 
 @contextlib.contextmanager
@@ -173,7 +242,8 @@ def _told(path: Path) -> Iterator[None]:
         raise ResultError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _from_json(data: dict[str, Any]) -> ScenarioResult:
+def from_json(data: dict[str, Any]) -> ScenarioResult:
+    """A result from what `ResultStore.write` wrote. Raises ValueError, TypeError or KeyError."""
     if data.pop("format") != FORMAT_VERSION:
         raise ValueError(f"format is not {FORMAT_VERSION}")
     parts = {
@@ -181,6 +251,9 @@ def _from_json(data: dict[str, Any]) -> ScenarioResult:
         "moments": Moment,
         "operations": OperationRecord,
         "regions": RegionRecord,
+        "strikes": Strike,
+        "traffic": Traffic,
+        "lines": ConsoleLine,
     }
     for name, kind in parts.items():
         data[name] = tuple(kind(**item) for item in data[name])
@@ -188,7 +261,7 @@ def _from_json(data: dict[str, Any]) -> ScenarioResult:
     return ScenarioResult(**data)
 
 
-def _slug(scenario: str) -> str:
-    """A file name for a node id: readable, and unique by a hash of the whole."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", scenario).strip("-")[-80:]
+def name_of(scenario: str) -> str:
+    """A file name for a scenario: readable, and unique by a hash of the whole."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", scenario)[-80:].strip("-")
     return f"{readable}-{hashlib.sha256(scenario.encode()).hexdigest()[:8]}"

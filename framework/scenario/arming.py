@@ -31,6 +31,7 @@ from framework.faults import (
 from framework.faults.base import features_of
 from framework.faults.triggers import DiskTrigger, StreamTrigger
 from framework.network import FaultProxy
+from framework.report import Moment
 from framework.scenario.device import Device, Update
 from framework.scenario.striking import Action, action_of
 from framework.scenario.watching import (
@@ -54,6 +55,8 @@ class ArmedFault:
 
     fault: Fault
     action: Action = field(repr=False)
+    struck_s: float | None = None
+    """When it first struck, in seconds into the scenario."""
     _struck: threading.Event = field(factory=threading.Event, repr=False)
     _exact: list[Callable[[], bool]] = field(factory=list, repr=False)
     _disarms: list[Callback] = field(factory=list, repr=False)
@@ -129,6 +132,7 @@ class Faults:
         first = self._first_of(fault.trigger)
         armed = ArmedFault(fault, action_of(around, fault))
         self.armed.append(armed)
+        armed.when_struck(lambda: self._witness(armed))
         self.on_armed()
         if first is None:
             self._set(around, armed, fault.trigger or Now())
@@ -182,6 +186,15 @@ class Faults:
         return "; ".join(str(armed.fault) for armed in self.armed)
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _witness(self, armed: ArmedFault) -> None:
+        """Put a strike on the timeline, where it happened; on the thread that sees it."""
+        armed.struck_s = self.device.elapsed_s
+        loss = self.device.machine.power_loss
+        if armed.action.cuts and loss is not None:
+            # The machine had been gone for a while when power was given back.
+            armed.struck_s = (loss.monotonic_ns - self.device.started_ns) / 1e9
+        self.device.moments.append(Moment(armed.struck_s, "fault", str(armed.fault)))
 
     def _restart_expected(self) -> bool:
         return any(armed.action.restarts and armed.fired() for armed in self.armed)

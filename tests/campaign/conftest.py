@@ -1,4 +1,4 @@
-"""The tests of this folder share helpers by their plain names, and those of disk and explore."""
+"""The tests of this folder share helpers by their plain names, and those of its neighbours."""
 
 from __future__ import annotations
 
@@ -6,4 +6,5 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "disk"), str(HERE.parent / "explore")]
+NEIGHBOURS = [str(HERE.parent / name) for name in ("disk", "explore", "targets")]
+sys.path[:0] = [str(HERE), *NEIGHBOURS]

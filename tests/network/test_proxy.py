@@ -234,6 +234,21 @@ def test_a_black_hole_that_ends_lets_a_waiting_connection_through(
         assert receive(proxy.port, timeout_s=10) == (SENT, "end")
 
 
+def test_a_refusing_server_keeps_its_port(server: tuple[str, int]) -> None:
+    with FaultProxy(server) as proxy:
+        port = proxy.port
+        for _ in range(3):
+            proxy.strike(NetworkFault("refuse", 0))
+            deadline = time.monotonic() + 5
+            while receive(port)[1] != "refused":
+                assert time.monotonic() < deadline, "it does not refuse"
+            with pytest.raises(OSError, match="in use"):
+                socket.create_server(("127.0.0.1", port))
+            proxy.restore()
+            assert proxy.port == port
+            assert receive(port) == (SENT, "end")
+
+
 def test_a_refusal_may_strike_at_once_and_end_by_itself(server: tuple[str, int]) -> None:
     with FaultProxy(server) as proxy:
         proxy.strike(NetworkFault("refuse", 0, lasts_s=0.4))
