@@ -152,9 +152,12 @@ def idle() -> None:
     daemon = subprocess.Popen(
         ["updater", "--config", "/tmp/idle.toml", "daemon"], stderr=subprocess.PIPE, text=True
     )
+    line = ""
     for line in daemon.stderr:
         if "asking again in" in line:
             break
+    else:
+        raise SystemExit(f"the daemon ended with {daemon.wait()}: {line}")
     # It has said what it will do: until it sleeps, its switches change.
     before, now = -1, switches(daemon.pid)
     while before != now:
