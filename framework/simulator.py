@@ -37,6 +37,8 @@ from framework.verdict import Outcome
 FILE_VERSION: Final = 1
 EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
+EXIT_BROKEN: Final = 3
+"""The simulation itself failed in some lifetimes: that is no result of the updater."""
 CHECKPOINT_S: Final = 10.0
 MAX_FILES: Final = 20
 """Violations that are shrunk and kept; more are counted."""
@@ -98,6 +100,12 @@ def run_simulate(search: Search, output: Path, console: Console) -> int:
             raise
     _show(console, search, tally, time.monotonic() - begun)
     _keep(tally.found, output, search.seed, console)
+    return _exit_code(tally)
+
+
+def _exit_code(tally: Tally) -> int:
+    if tally.broken:
+        return EXIT_BROKEN
     return EXIT_VIOLATIONS if tally.found else EXIT_CLEAN
 
 
@@ -110,6 +118,7 @@ def _checkpoint(output: Path, search: Search, tally: Tally, elapsed_s: float) ->
         "operations": tally.operations,
         "faults": tally.fired,
         "verdicts": dict(sorted(tally.verdicts.items())),
+        "broken": tally.broken[:MAX_FILES],
         "violations": [json.loads(found.schedule.to_json()) for found in tally.found[:MAX_FILES]],
     }
     try:
@@ -155,7 +164,7 @@ def run_coverage(search: Search, console: Console) -> int:
             branches, taken = summary["num_branches"], summary["covered_branches"]
             table.add_row(Path(name).stem, str(branches), str(taken), f"{share:.0%}")
     console.print(table)
-    return EXIT_VIOLATIONS if tally.found else EXIT_CLEAN
+    return _exit_code(tally)
 
 
 def run_replay(given: str, console: Console) -> int:
@@ -278,11 +287,11 @@ def _do(laboratory: Laboratory, job: Job) -> Tally:
     if kind == "single":
         operations, model = arguments
         for schedule in singles(operations, (model,)):
-            tally.take(live(laboratory, schedule))
+            tally.live(laboratory, schedule)
         return tally
     at, model = arguments
-    for lifetime in doubles(laboratory, Fault(at, "cut", model, at)):
-        tally.take(lifetime)
+    for schedule in doubles(laboratory, Fault(at, "cut", model, at)):
+        tally.live(laboratory, schedule)
     return tally
 
 
@@ -332,6 +341,10 @@ def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> N
     console.print(f"power was cut at {len(tally.positions)} different operations", highlight=False)
     for verdict, count in sorted(tally.verdicts.items()):
         console.print(f"{verdict}: {count:,}", highlight=False)
+    if tally.broken:
+        console.print(f"the simulation itself failed in {len(tally.broken):,}", highlight=False)
+        for broken in tally.broken[:MAX_FILES]:
+            console.print(f"  {broken}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _keep(found: list[Found], output: Path, seed: int, console: Console) -> None:
