@@ -155,6 +155,11 @@ def test_random_faults_are_survived(laboratory: Laboratory) -> None:
             ),
             id="damaged-text",
         ),
+        pytest.param(
+            Schedule((Fault(82, "flip", "kept", 523431), Fault(88)), seed=25452),
+            id="damaged-schema",
+        ),
+        pytest.param(Schedule((Fault(95), Fault(98, "cut", "torn"))), id="unreadable-later"),
     ],
 )
 def test_a_store_that_cannot_be_read_does_not_end_all_updates(
