@@ -12,8 +12,8 @@ A survivor is *seen* if any lifetime differs from the shipped client's in its co
 and yet violates nothing: there the invariants say too little. Else it is *unseen*: equivalent, or
 in what lifetimes do not have (update modules, the daemon).
 
-What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not simulated),
-messages, and names in annotations. Prints the score and the survivors as changed lines.
+What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not
+simulated), messages, and names in annotations. Prints the score and the survivors' changed lines.
 """
 
 from __future__ import annotations
