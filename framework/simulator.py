@@ -193,7 +193,7 @@ def run_promote(given: str, rig: Path, console: Console) -> int:
     schedule = _schedule_of(given)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     laboratory = Laboratory()
     try:

@@ -487,8 +487,10 @@ class Life:
         status = self._device.status()
         if status is not None:
             name = status[0]
-            if self._device.failed_scripts:
-                name = name.removesuffix(INCONSISTENT)
+            ignored = self._device.failed_scripts or any(s.kind == "error" for s in self._struck)
+            if ignored and name.endswith(INCONSISTENT):
+                # That an error had to be ignored is what is to be told, wherever it led.
+                name = self._running
             self._events.append(StatusRead(name, *status[1:]))
 
     def _see(self, step: Step) -> None:
