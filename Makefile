@@ -2,7 +2,7 @@
 PYTEST = .venv/bin/pytest -q -n 2 -p no:cacheprovider
 TARGETS = qemu-arm64 qemu-arm64-sd qemu-x86_64
 
-.PHONY: setup setup-tests demo test lint images unit scenarios night explore campaign server device server-night lock bench fuzz clean
+.PHONY: setup setup-tests demo test lint images unit scenarios night explore campaign server device server-night lock bench fuzz mutants clean
 
 setup:
 	@.ci/bootstrap
@@ -95,6 +95,11 @@ fuzz: setup
 	mkdir -p build/fuzz/corpus build/fuzz/found
 	.venv/bin/python tests/fuzz/fuzz_artifact.py -max_total_time=$(SECONDS) \
 		-artifact_prefix=build/fuzz/found/ -print_final_stats=1 build/fuzz/corpus tests/fuzz/corpus
+
+# The mutation score of the client's state machine, simulated lifetimes as the killer (hours).
+mutants: setup
+	.venv/bin/python -m pip install --quiet -e '.[mutation]'
+	.venv/bin/python tests/mutation/state_machine.py
 
 lock: setup
 	.venv/bin/python -m pip install --quiet uv

@@ -362,6 +362,7 @@ def import_log_command(log: Path, image: Path, facts: Path, device: str, output:
     help="every pair of power cuts of one update under this cache model; repeatable",
 )
 @click.option("--replay", metavar="FILE", help="live through one schedule, and show it")
+@click.option("--coverage", is_flag=True, help="one process; which branches of the client ran")
 @click.option("--promote", metavar="FILE", help="live through one schedule on the rig --rig")
 @RIG
 @click.option(
@@ -378,6 +379,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     single: bool,
     double: tuple[str, ...],
     replay: str | None,
+    coverage: bool,
     promote: str | None,
     rig: Path | None,
     output: Path,
@@ -387,7 +389,13 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     Example: brownout simulate --lifetimes 100000 --seed 7 --single --double kept
     """
     # Only here: SQLite's VFS and the client's code are not needed for the rest.
-    from framework.simulator import Search, run_promote, run_replay, run_simulate  # noqa: PLC0415
+    from framework.simulator import (  # noqa: PLC0415
+        Search,
+        run_coverage,
+        run_promote,
+        run_replay,
+        run_simulate,
+    )
 
     console = Console()
     if promote is not None:
@@ -395,6 +403,8 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     if replay is not None:
         raise SystemExit(run_replay(replay, console))
     search = Search(lifetimes, seed, workers, single=single, double=double)
+    if coverage:
+        raise SystemExit(run_coverage(search, console))
     raise SystemExit(run_simulate(search, output, console))
 
 

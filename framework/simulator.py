@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,12 +30,15 @@ from framework.campaign.models import CACHE_MODELS
 from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
 from framework.faults import FaultError
 from framework.targets.errors import SimulationError
+from framework.targets.simulated.device import CLIENT_FOLDER
 from framework.targets.simulated.laboratory import Laboratory
 from framework.verdict import Outcome
 
 FILE_VERSION: Final = 1
 EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
+EXIT_BROKEN: Final = 3
+"""The simulation itself failed in some lifetimes: that is no result of the updater."""
 CHECKPOINT_S: Final = 10.0
 MAX_FILES: Final = 20
 """Violations that are shrunk and kept; more are counted."""
@@ -96,6 +100,12 @@ def run_simulate(search: Search, output: Path, console: Console) -> int:
             raise
     _show(console, search, tally, time.monotonic() - begun)
     _keep(tally.found, output, search.seed, console)
+    return _exit_code(tally)
+
+
+def _exit_code(tally: Tally) -> int:
+    if tally.broken:
+        return EXIT_BROKEN
     return EXIT_VIOLATIONS if tally.found else EXIT_CLEAN
 
 
@@ -108,6 +118,7 @@ def _checkpoint(output: Path, search: Search, tally: Tally, elapsed_s: float) ->
         "operations": tally.operations,
         "faults": tally.fired,
         "verdicts": dict(sorted(tally.verdicts.items())),
+        "broken": tally.broken[:MAX_FILES],
         "violations": [json.loads(found.schedule.to_json()) for found in tally.found[:MAX_FILES]],
     }
     try:
@@ -118,6 +129,42 @@ def _checkpoint(output: Path, search: Search, tally: Tally, elapsed_s: float) ->
         temporary.replace(path)
     except OSError as error:
         raise SimulationError(f"{output}: {error.strerror}") from error
+
+
+def run_coverage(search: Search, console: Console) -> int:
+    """Live through `search` in this process and say which of the client's branches were taken."""
+    try:
+        import coverage  # noqa: PLC0415 - only for this
+    except ImportError as error:
+        raise SimulationError("--coverage needs the package `coverage`") from error
+    folder = CLIENT_FOLDER
+    # Only branches are of interest: what runs at import has run already.
+    measured = coverage.Coverage(branch=True, data_file=None, include=[f"{folder}/*"])
+    tally = Tally()
+    begun = time.monotonic()
+    jobs = list(_jobs(search))
+    laboratory = Laboratory()
+    measured.start()
+    try:
+        for job in jobs:
+            tally.add(_do(laboratory, job))
+    finally:
+        measured.stop()
+        laboratory.close()
+    _show(console, search, tally, time.monotonic() - begun)
+    with tempfile.TemporaryDirectory(prefix="brownout-coverage-") as report:
+        path = Path(report) / "coverage.json"
+        measured.json_report(outfile=str(path))
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    table = Table("module of the client", "branches", "taken", "share", title="branch coverage")
+    for name, found in sorted(files.items()):
+        summary = found["summary"]
+        if summary["covered_branches"]:
+            share = summary["covered_branches"] / summary["num_branches"]
+            branches, taken = summary["num_branches"], summary["covered_branches"]
+            table.add_row(Path(name).stem, str(branches), str(taken), f"{share:.0%}")
+    console.print(table)
+    return _exit_code(tally)
 
 
 def run_replay(given: str, console: Console) -> int:
@@ -146,7 +193,7 @@ def run_promote(given: str, rig: Path, console: Console) -> int:
     schedule = _schedule_of(given)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     laboratory = Laboratory()
     try:
@@ -229,18 +276,22 @@ def _begin_worker() -> None:
 
 def _work(job: Job) -> Tally:
     assert _laboratory is not None
+    return _do(_laboratory, job)
+
+
+def _do(laboratory: Laboratory, job: Job) -> Tally:
     kind, arguments = job
     if kind == "batch":
-        return batch(_laboratory, *arguments)
+        return batch(laboratory, *arguments)
     tally = Tally()
     if kind == "single":
         operations, model = arguments
         for schedule in singles(operations, (model,)):
-            tally.take(live(_laboratory, schedule))
+            tally.live(laboratory, schedule)
         return tally
     at, model = arguments
-    for lifetime in doubles(_laboratory, Fault(at, "cut", model, at)):
-        tally.take(lifetime)
+    for schedule in doubles(laboratory, Fault(at, "cut", model, at)):
+        tally.live(laboratory, schedule)
     return tally
 
 
@@ -290,6 +341,10 @@ def _show(console: Console, search: Search, tally: Tally, elapsed_s: float) -> N
     console.print(f"power was cut at {len(tally.positions)} different operations", highlight=False)
     for verdict, count in sorted(tally.verdicts.items()):
         console.print(f"{verdict}: {count:,}", highlight=False)
+    if tally.broken:
+        console.print(f"the simulation itself failed in {len(tally.broken):,}", highlight=False)
+        for broken in tally.broken[:MAX_FILES]:
+            console.print(f"  {broken}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _keep(found: list[Found], output: Path, seed: int, console: Console) -> None:

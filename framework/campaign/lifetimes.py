@@ -202,12 +202,12 @@ class Operation:
 
 def live(laboratory: Laboratory, schedule: Schedule, *, hash_drives: bool = False) -> Lifetime:
     """Run one lifetime and judge it."""
-    return _Life(laboratory, schedule, hash_drives=hash_drives).run()
+    return Life(laboratory, schedule, hash_drives=hash_drives).run()
 
 
 def trace(laboratory: Laboratory, schedule: Schedule) -> list[Operation]:
     """Run one lifetime and return its drive's operations."""
-    life = _Life(laboratory, schedule, traced=True)
+    life = Life(laboratory, schedule, traced=True)
     life.run()
     return life.operations
 
@@ -235,6 +235,11 @@ class _Plan:
 
     model = ""
     seed = 0
+
+    def arm(self, fault: Fault) -> None:
+        """Add a fault that lies ahead."""
+        self._faults[fault.at] = fault
+        self.due = min(self._faults)
 
     def disarm(self) -> None:
         """From here on nothing goes wrong."""
@@ -286,7 +291,12 @@ def _model(name: str) -> CacheModel:
     return _MODELS[name]
 
 
-class _Life:
+class Life:
+    """A lifetime while it is lived: `begin`, `act` as often as one likes, `end`.
+
+    `run` does that for a schedule. Faults may also be armed on the way, from where it stands.
+    """
+
     def __init__(
         self,
         laboratory: Laboratory,
@@ -330,14 +340,34 @@ class _Life:
         self._running = ""
 
     def run(self) -> Lifetime:
-        self._start(self._device.start)
+        """Live through the schedule."""
+        self.begin()
         for action in self._schedule.actions:
-            if action in ("install", "stage"):
-                self._update("v2", restart=action == "install")
-            elif action == "restart":
-                self._start(self._device.restart)
-            else:
-                self._command(action)
+            self.act(action)
+        return self.end()
+
+    def begin(self) -> None:
+        """Start the device for the first time."""
+        self._start(self._device.start)
+
+    def act(self, action: str) -> None:
+        """Do one thing that an operator does; see `Schedule.actions`."""
+        if action in ("install", "stage"):
+            self._update("v2", restart=action == "install")
+        elif action == "restart":
+            self._start(self._device.restart)
+        else:
+            self._command(action)
+
+    def arm(self, ahead: int, kind: str, model: str, seed: int) -> None:
+        """Have a drive fault strike `ahead` operations from here; it joins the schedule."""
+        fault = Fault(self._drive.operations + ahead, kind, model, seed)
+        faults = tuple(f for f in self._schedule.faults if f.at != fault.at)
+        self._schedule = dataclasses.replace(self._schedule, faults=(*faults, fault))
+        self._plan.arm(fault)
+
+    def end(self) -> Lifetime:
+        """Let nothing go wrong any more, try the update again, and judge all that was seen."""
         exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
@@ -457,8 +487,10 @@ class _Life:
         status = self._device.status()
         if status is not None:
             name = status[0]
-            if self._device.failed_scripts:
-                name = name.removesuffix(INCONSISTENT)
+            ignored = self._device.failed_scripts or any(s.kind == "error" for s in self._struck)
+            if ignored and name.endswith(INCONSISTENT):
+                # That an error had to be ignored is what is to be told, wherever it led.
+                name = self._running
             self._events.append(StatusRead(name, *status[1:]))
 
     def _see(self, step: Step) -> None:
@@ -508,7 +540,7 @@ class _Life:
         self._events.append(DataChecked(True, intact, detail))
 
     def _heard(self, line: str) -> None:
-        if line.startswith("state "):
+        if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
             if self._state == "ArtifactCommit":
                 self._events.append(CommitReached(self._installing))

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_bugs import BUGS
 
+from framework.campaign import search
 from framework.campaign.bundle import read_bundle
 from framework.campaign.kept import keep, live_again
-from framework.campaign.lifetimes import Fault, Schedule, live, trace
+from framework.campaign.lifetimes import Fault, Lifetime, Schedule, live, trace
 from framework.campaign.models import CACHE_MODELS
 from framework.campaign.promote import faults_of
 from framework.campaign.search import SCRIPTED, batch, draw, shrink, singles
@@ -154,6 +155,11 @@ def test_random_faults_are_survived(laboratory: Laboratory) -> None:
             ),
             id="damaged-text",
         ),
+        pytest.param(
+            Schedule((Fault(82, "flip", "kept", 523431), Fault(88)), seed=25452),
+            id="damaged-schema",
+        ),
+        pytest.param(Schedule((Fault(95), Fault(98, "cut", "torn"))), id="unreadable-later"),
     ],
 )
 def test_a_store_that_cannot_be_read_does_not_end_all_updates(
@@ -361,6 +367,24 @@ def test_a_search_says_what_it_did(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "250 lifetimes" in result.output
     assert "PASS: 250" in result.output
+
+
+def test_a_failure_of_the_simulation_ends_no_search_and_is_no_verdict(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = live, []
+
+    def sometimes(laboratory: Laboratory, schedule: Schedule) -> Lifetime:
+        calls.append(schedule)
+        if len(calls) == 3:
+            raise AssertionError("more power cuts than any schedule has")
+        return real(laboratory, schedule)
+
+    monkeypatch.setattr(search, "live", sometimes)
+    tally = batch(laboratory, 1, 0, 10)
+    assert tally.lifetimes == 9
+    [broken] = tally.broken
+    assert broken == f"{calls[2].to_json()}: AssertionError: more power cuts than any schedule has"
 
 
 def test_a_schedule_is_replayed(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ A mutant is loaded in a process of its own, in the place of the real module, and
 updates until an invariant is violated or a command ends with an internal error: killed. Mutants
 are tried in an order drawn from the seed, so that a run that was bounded is a fair sample.
 
-What lifetimes can't see is not counted: deadlines (time limits are a port that is not simulated),
-messages, and names in annotations. Prints the score and the survivors as changed lines.
+A survivor is *seen* if any lifetime differs from the shipped client's in its console or its events
+and yet violates nothing: there the invariants say too little. Else it is *unseen*: equivalent, or
+in what lifetimes do not have (update modules, the daemon).
+
+What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not
+simulated), messages, and names in annotations. Prints the score and the survivors' changed lines.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import hashlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -64,7 +69,10 @@ PRELOADED: Final = (
 """What nothing of a mutant is in; the processes start with it."""
 LIMIT_S: Final = 120
 KILLED, SURVIVED, HARNESS = 1, 0, 3
-UNSEEN: Final = re.compile(r"_HOUR|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415")
+DIGEST = hashlib.sha256()
+UNSEEN: Final = re.compile(
+    r"_HOUR|TABLE\.items|rows|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415"
+)
 
 
 class Mutant(NamedTuple):
@@ -128,14 +136,18 @@ class _Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self._mutant.source, self._mutant.module, "exec"), module.__dict__)
 
 
-def try_it(mutant: Mutant | None) -> int:
-    """In a process of its own: the exit code says whether an invariant saw the mutant."""
+def try_it(mutant: Mutant | None) -> tuple[int, str]:
+    """In a process of its own: whether an invariant saw the mutant, and what its lifetimes were."""
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(writing)
+        with open(reading, encoding="ascii") as file:  # noqa: PTH123 - a descriptor
+            digest = file.read()
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
-            return KILLED  # it went round in circles, or crashed the interpreter
-        return os.WEXITSTATUS(status)
+            return KILLED, ""  # it went round in circles, or crashed the interpreter
+        return os.WEXITSTATUS(status), digest
     code = HARNESS
     try:
         signal.alarm(LIMIT_S)
@@ -144,6 +156,7 @@ def try_it(mutant: Mutant | None) -> int:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 2)
         code = KILLED if any(_violations()) else SURVIVED
+        os.write(writing, DIGEST.hexdigest().encode())
     except BaseException:  # noqa: BLE001 - a mutant may fail in any way
         code = KILLED
     finally:
@@ -158,6 +171,7 @@ def _violations() -> Iterator[bool]:
 
     def bad(schedule: object) -> bool:
         lifetime = lifetimes.live(laboratory, schedule)
+        DIGEST.update(repr((lifetime.lines, lifetime.events)).encode())
         internal = any("error: internal:" in line for line in lifetime.lines)
         return internal or bool(lifetime.verdict.violated)
 
@@ -188,40 +202,56 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     for name in PRELOADED:
         importlib.import_module(name)
-    if try_it(None) != SURVIVED:
+    code, reference = try_it(None)
+    if code != SURVIVED:
         sys.exit("the client itself does not survive the lifetimes")
     found = [mutant for mutant in mutants() if chosen.only in mutant.change]
     random.Random(chosen.seed).shuffle(found)
     begun = time.monotonic()
-    tried: list[tuple[Mutant, bool]] = []
+    tried: list[tuple[Mutant, str]] = []
     with contextlib.suppress(KeyboardInterrupt):
         for mutant in found[chosen.skip :]:
             if time.monotonic() - begun > chosen.seconds:
                 break
-            tried.append((mutant, try_it(mutant) == KILLED))
-            killed = sum(dead for _, dead in tried)
+            code, digest = try_it(mutant)
+            alive = "seen" if digest != reference else "unseen"
+            tried.append((mutant, "killed" if code == KILLED else alive))
+            killed = _count(tried, "killed")
             print(f"{len(tried)} of {len(found)}: {killed} killed", end="\r", flush=True)
             _write(chosen.output, found, tried)
     print()
     for module in MODULES:
-        of = [dead for mutant, dead in tried if mutant.module == module]
+        of = [(mutant, fate) for mutant, fate in tried if mutant.module == module]
+        killed, unseen = _count(of, "killed"), _count(of, "unseen")
         if of:
-            print(f"{module}: {sum(of)} of {len(of)} killed, {sum(of) / len(of):.0%}")
-    for mutant, dead in tried:
-        if not dead:
-            print(f"survived: {mutant.module} {mutant.operator}\n{mutant.change}")
+            print(
+                f"{module}: {killed} of {len(of)} killed ({killed / len(of):.0%}), {unseen} unseen;"
+                f" of what lifetimes see {killed} of {len(of) - unseen}"
+            )
+    for mutant, fate in tried:
+        if fate != "killed":
+            print(f"{fate}: {mutant.module} {mutant.operator}\n{mutant.change}")
 
 
-def _write(path: Path, found: list[Mutant], tried: list[tuple[Mutant, bool]]) -> None:
+def _count(tried: list[tuple[Mutant, str]], wanted: str) -> int:
+    return sum(fate == wanted for _, fate in tried)
+
+
+def _write(path: Path, found: list[Mutant], tried: list[tuple[Mutant, str]]) -> None:
     survivors = [
-        {"module": mutant.module, "operator": mutant.operator, "change": mutant.change}
-        for mutant, dead in tried
-        if not dead
+        {
+            "fate": fate,
+            "module": mutant.module,
+            "operator": mutant.operator,
+            "change": mutant.change,
+        }
+        for mutant, fate in tried
+        if fate != "killed"
     ]
     values = {
         "mutants": len(found),
         "tried": len(tried),
-        "killed": sum(dead for _, dead in tried),
+        "killed": _count(tried, "killed"),
         "survivors": survivors,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

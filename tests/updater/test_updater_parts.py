@@ -354,6 +354,21 @@ def test_a_store_with_a_wrong_bit_in_a_value_is_set_aside(
     assert found.artifact_name == "v3"
 
 
+def test_a_store_with_a_wrong_bit_in_its_schema_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = SqliteStore(str(path))
+    store.save(UPDATE)
+    store.close()
+    content = path.read_bytes()
+    assert content.count(b"finished_at") == 1
+    path.write_bytes(content.replace(b"finished_at", b"finished_au"))
+    store = SqliteStore(str(path))
+    store.finish(Outcome(Result.FAILED, "v2", "a", "why", 1), None)
+    assert store.set_aside is not None
+    assert [store.last_outcome()] == [Outcome(Result.FAILED, "v2", "a", "why", 1, number=1)]
+    store.close()
+
+
 def test_a_corrupt_store_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_bytes(b"garbage" * 1000)

@@ -60,8 +60,10 @@ ALTER TABLE outcome ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
 _COLUMNS_1 = "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
 _COLUMNS_2 = f"{_COLUMNS_1}, kind, part, steps, result, inconsistent, reboot, reverts, deployment"
 _KEEP_OUTCOMES = 100
-# SQLITE_CORRUPT and SQLITE_NOTADB (sqlite.org/rescode.html).
-_CORRUPT = (11, 26)
+# SQLITE_CORRUPT and SQLITE_NOTADB (sqlite.org/rescode.html); and SQLITE_ERROR, _CONSTRAINT and
+# _MISMATCH, which no statement here has caused in tables of a schema that is known: then the
+# schema's own text is damaged ("no such column").
+_DAMAGED = (11, 26, 1, 19, 20)
 # SQLITE_IOERR_READ, _SHORT_READ and _WRITE: a store is opened by reading, and where an unfinished
 # transaction is undone, by writing parts of blocks, which are read first.
 _UNREADABLE = (10 | 1 << 8, 10 | 2 << 8, 10 | 3 << 8)
@@ -78,7 +80,7 @@ def _is_damage(error: sqlite3.DatabaseError | ValueError) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
         return isinstance(error, sqlite3.OperationalError) and "decode" in str(error)
-    return code & 0xFF in _CORRUPT
+    return code in _UNREADABLE[:2] or code & 0xFF in _DAMAGED
 
 
 def database_path(data_dir: str) -> str:

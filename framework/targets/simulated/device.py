@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from framework.disk.ubootenv import build_copy
@@ -49,6 +50,8 @@ from updater.device.errors import (
 from updater.device.model import Outcome, Result
 from updater.device.store import SqliteStore
 
+CLIENT_FOLDER: Final = Path(console.__file__).parent
+"""Where the client's modules are."""
 ENVIRONMENT: Final = EnvironmentArea(0, 64 << 10, 4 << 10)
 SLOT_BYTES: Final = 104 << 10
 IMAGE_BYTES: Final = 96 << 10
