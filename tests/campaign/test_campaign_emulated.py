@@ -59,6 +59,7 @@ def test_a_violation_is_bundled_shrunk_and_replayed(tmp_path: Path) -> None:
     console = silent()
     assert run_shrink(Path(outcome.bundle), RIG, tmp_path / "out", console, most_runs=12)
     told = console.file.getvalue()
+    print(told)
     assert "from 2 faults and 2 steps to 0 and 2" in told, told
     (path,) = [line.split()[1] for line in told.splitlines() if line.startswith("bundle: ")]
     smallest = read_bundle(Path(path))
