@@ -84,10 +84,12 @@ def _run_many(
 
         ended = replay_all(paths, lambda bundle: rig_for(bundle, rig), done, disks_only=disks_only)
     console.print(_table(ended))
+    idle = sum(again.idle for again in ended)
     same = sum(again.reproduced for again in ended)
     cuts = sum(len(again.bundle.cuts) for again in ended if again.bundle is not None)
-    console.print(f"{same} of {len(ended)} reproduced; {cuts} cuts rebuilt")
-    return same == len(ended)
+    rest = f"; {idle} had no power cut" if idle else ""
+    console.print(f"{same} of {len(ended) - idle} reproduced; {cuts} cuts rebuilt{rest}")
+    return same == len(ended) - idle
 
 
 def _table(ended: Sequence[Again]) -> Table:
@@ -96,7 +98,7 @@ def _table(ended: Sequence[Again]) -> Table:
         table.add_column(name, ratio=ratio, overflow="fold")
     for again in sorted(ended, key=lambda each: (each.reproduced, each.path)):
         bundle, now = again.bundle, again.replayed
-        colour = "green" if again.reproduced else "red"
+        colour = "green" if again.reproduced else "dim" if again.idle else "red"
         table.add_row(
             again.path.name if bundle is None else bundle.scenario.rpartition("/")[2],
             "" if bundle is None else bundle.verdict,

@@ -42,12 +42,14 @@ class Again:
         bundle: what it says; None if it can't be read.
         replayed: how it came out; None if it could not be done again.
         error: why not.
+        idle: whether there was nothing to do: no cut, so no disk to rebuild.
     """
 
     path: Path
     bundle: Bundle | None
     replayed: Replayed | None
     error: str = ""
+    idle: bool = False
 
     @property
     def reproduced(self) -> bool:
@@ -89,7 +91,9 @@ def replay_all(
                 continue
             disks = check_disks(path, bundle)
             session = sessions.setdefault((rig_of(bundle), bundle.run_seed), {})
-            if disks_only:
+            if disks_only and not bundle.cuts:
+                end(Again(path, bundle, None, "the run had no power cut", idle=True))
+            elif disks_only:
                 end(Again(path, bundle, Replayed(disks, None, "")))
             elif "::" not in bundle.scenario or bundle.scenario in session:
                 # Not one of pytest's, or a second time in one session.

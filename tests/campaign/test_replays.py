@@ -98,6 +98,11 @@ def test_a_folder_of_bundles_ends_in_a_table(
     done = brownout("replay", "--disks-only", path.parent)
     assert done.code == 0, done.err
     assert "2 of 2 reproduced; 2 cuts rebuilt" in done.out
+    uncut = evolve(read_bundle(path), cuts=())
+    write_bundle(path.with_name("uncut.bundle"), uncut)
+    done = brownout("replay", "--disks-only", path.parent)
+    assert done.code == 0
+    assert "2 of 2 reproduced; 2 cuts rebuilt; 1 had no power cut" in done.out
     (path.with_name("c.bundle")).write_bytes(b"PK no")
     done = brownout("replay", "--disks-only", path.parent)
     assert done.code == 1
