@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +73,7 @@ def replay_all(
     done: Callable[[Again], None],
     *,
     disks_only: bool = False,
+    bases: Mapping[str, Path] | None = None,
 ) -> list[Again]:
     """Do all of them again; `done` is called with each, as it ends. One that can't be is told."""
     ended: list[Again] = []

@@ -110,6 +110,20 @@ def test_a_folder_of_bundles_ends_in_a_table(
     assert "not a bundle, or damaged" in " ".join(done.out.split())
 
 
+def test_a_base_image_may_be_elsewhere_but_no_other(
+    bundle: tuple[Path, Path], brownout: Callable[..., Done], tmp_path: Path
+) -> None:
+    path, rig = bundle
+    (rig.parent / "disk.img").rename(tmp_path / "moved.img")
+    assert brownout("replay", "--disks-only", path).code == 2
+    done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
+    assert done.code == 0, done.err
+    (tmp_path / "moved.img").write_bytes(b"x" * DISK_BYTES)
+    done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
+    assert done.code == 2
+    assert "build the images it was made of" in done.err
+
+
 def test_a_disk_that_came_out_otherwise_is_told_of_its_bundle(
     bundle: tuple[Path, Path], tmp_path: Path
 ) -> None:
