@@ -102,7 +102,7 @@ def _run_many(
     console.print(_table(ended))
     idle = sum(again.idle for again in ended)
     same = sum(again.reproduced for again in ended)
-    cuts = sum(len(again.bundle.cuts) for again in ended if again.bundle is not None)
+    cuts = sum(len(a.bundle.cuts) for a in ended if a.bundle is not None and a.replayed is not None)
     rest = f"; {idle} had no power cut" if idle else ""
     console.print(f"{same} of {len(ended) - idle} reproduced; {cuts} cuts rebuilt{rest}")
     return same == len(ended) - idle
