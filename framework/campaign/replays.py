@@ -24,6 +24,7 @@ from framework.campaign.replay import (
     check_disks,
     course_of,
     lived_again,
+    rebased,
     run_again,
 )
 from framework.campaign.steps import compare
@@ -86,7 +87,7 @@ def replay_all(
     for path in paths:
         bundle: Bundle | None = None
         try:
-            bundle = read_bundle(path)
+            bundle = rebased(read_bundle(path), bases or {})
             if (lived := lived_again(bundle)) is not None:
                 end(Again(path, bundle, lived))
                 continue

@@ -118,6 +118,9 @@ def test_a_base_image_may_be_elsewhere_but_no_other(
     assert brownout("replay", "--disks-only", path).code == 2
     done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
     assert done.code == 0, done.err
+    path.with_name("b.bundle").write_bytes(path.read_bytes())
+    moved = f"vda={tmp_path / 'moved.img'}"
+    assert "2 of 2" in brownout("replay", "--disks-only", path.parent, "--base", moved).out
     (tmp_path / "moved.img").write_bytes(b"x" * DISK_BYTES)
     done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
     assert done.code == 2

@@ -1,6 +1,7 @@
 """The pytest plugin refuses what a rig can't do at collection, and counts a rig that is lost."""
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -85,7 +86,15 @@ def test_a_rig_that_is_lost_is_infrastructure_wherever_one_looks(
     path = pytester.makepyfile(test_lost=LOST)
     folder = pytester.path
     result = pytester.run(
-        *("python", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={REPOSITORY}", path),
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={REPOSITORY}",
+            path,
+        ),
         *("--lg-env", REPOSITORY / "rigs" / "qemu-arm64.yaml"),
         *("--brownout-results", folder / "results", "--alluredir", folder / "allure"),
         *("--junitxml", folder / "junit.xml"),
