@@ -103,7 +103,7 @@ BASE = click.option(
     multiple=True,
     metavar="DISK=PATH",
     callback=_bases,
-    help="where a base image is, if not where the recording says; repeatable",
+    help="where a base image is, if not where the recording or bundle says; repeatable",
 )
 RIG = click.option(
     "--rig",
@@ -427,6 +427,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     metavar="K",
     help="which cut's disks --console and --gdb boot",
 )
+@BASE
 def replay(  # noqa: PLR0917 - click passes them by name
     bundles: tuple[Path, ...],
     rig: Path | None,
@@ -434,6 +435,7 @@ def replay(  # noqa: PLR0917 - click passes them by name
     console: bool,
     gdb: bool,
     cut: int,
+    bases: dict[str, Path],
 ) -> None:
     """Do a bundle's run again: `reproduced`, or `diverged at event K`.
 
@@ -447,9 +449,9 @@ def replay(  # noqa: PLR0917 - click passes them by name
     if console or gdb:
         if len(paths) != 1:
             raise click.UsageError("--console and --gdb take one bundle")
-        replayer.run_console(paths[0], rig, cut, terminal, gdb=gdb)
+        replayer.run_console(paths[0], rig, cut, terminal, gdb=gdb, bases=bases)
         return
-    if not replayer.run_replay(paths, rig, terminal, disks_only=disks_only):
+    if not replayer.run_replay(paths, rig, terminal, disks_only=disks_only, bases=bases):
         raise SystemExit(EXIT_NOT_HELD)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import platform
 import re
 import zlib
 from collections.abc import Generator, Iterator
@@ -31,13 +32,14 @@ import pytest
 from framework.campaign.collect import Collector
 from framework.faults import Fault, MissingFeatureError, Trigger, UnfiredError
 from framework.network import FaultProxy
-from framework.report import ResultStore
+from framework.report import ResultStore, cause_of
+from framework.report.allure import leave_context
 from framework.scenario.arming import Faults, missing_features
 from framework.scenario.bench import Bench, BenchError, open_bench
 from framework.scenario.device import Device, Update
 from framework.scenario.record import attach, record
 from framework.scenario.stage import staged_device, staged_faults
-from framework.targets.errors import RigError
+from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.rig import check_rig, rig_features
 from framework.verdict import Outcome, Verdict, ViolationError
 from images import ImageError, Progress, build_target, recipe_names
@@ -61,6 +63,7 @@ MARKERS = (
 MANAGED_NEEDS = frozenset({"network", "linux"})
 SLOW_STEP_S = 1.0
 COLLECTOR = pytest.StashKey[Collector]()
+DEVICE = pytest.StashKey[Device]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,6 +82,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="leave a bundle of each scenario in DIR (for `brownout replay`)",
+    )
+    group.addoption(
+        "--brownout-allure-history",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="the folder `history` of the last Allure report, whose trends the next one goes on",
     )
     group.addoption(
         "--brownout-share",
@@ -242,6 +252,7 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
     bundles = request.config.getoption("brownout_bundles")
 
     def collect(made: Device) -> None:
+        request.node.stash[DEVICE] = made
         if bundles is not None:
             rig = Path(request.config.getoption("lg_env"))
             run_seed = int(request.config.getoption("brownout_seed"))
@@ -281,6 +292,18 @@ def faults(
 
         made.on_armed = armed
         yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A rig that is lost before a scenario begins is counted, too."""
+    try:
+        return (yield)
+    except InfrastructureError as error:
+        device = item.stash.get(DEVICE, None)
+        if device is not None:
+            _leave(item, device, None, device.verdict(), error)
+        raise
 
 
 @pytest.hookimpl(wrapper=True)
@@ -348,6 +371,15 @@ def _leave(
         story=_label(item, "story"),
     )
     attach(result)
+    # In the JUnit file these are the test case's properties.
+    item.user_properties += [
+        ("verdict", result.verdict),
+        ("fault", result.fault),
+        ("state", ", ".join(strike.state for strike in result.strikes)),
+        ("cause", cause_of(result)),
+        ("rig", result.rig),
+        ("seed", str(result.seed)),
+    ]
     store = _store(item.config)
     if store is not None:
         store.write(result)
@@ -373,24 +405,25 @@ def _title(item: pytest.Item) -> str:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Leave Allure's environment and categories (after --clean-alluredir had its turn)."""
-    directory = session.config.getoption("allure_report_dir", default=None)
-    rig = session.config.getoption("lg_env", default=None)
-    if directory is None or rig is None or _worker(session.config):
+    """Leave what Allure's report needs besides results (after --clean-alluredir had its turn)."""
+    config = session.config
+    directory = config.getoption("allure_report_dir", default=None)
+    rig = config.getoption("lg_env", default=None)
+    if directory is None or rig is None or _worker(config):
         return
-    folder = Path(directory)
-    if not folder.is_dir():
-        return
-    (folder / "environment.properties").write_text(
-        f"rig={Path(rig).stem}\nbrownout={metadata.version('brownout')}\n"
-        f"seed={session.config.getoption('brownout_seed')}\n"
+    seed = str(config.getoption("brownout_seed"))
+    leave_context(
+        Path(directory),
+        {"rig": Path(rig).stem, "seed": seed, **versions_of(Path(rig))},
+        history=config.getoption("brownout_allure_history"),
     )
-    (folder / "categories.json").write_text(CATEGORIES)
 
 
-CATEGORIES = """[
- {"name": "Violations", "matchedStatuses": ["failed"], "messageRegex": ".*VIOLATION.*"},
- {"name": "Bricked", "matchedStatuses": ["failed"], "messageRegex": ".*BRICKED.*"},
- {"name": "Infrastructure", "matchedStatuses": ["broken"]}
-]
-"""
+def versions_of(rig: Path) -> dict[str, str]:
+    """What the run ran on, for Allure's environment."""
+    return {
+        "brownout": metadata.version("brownout"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "features": ", ".join(sorted(rig_features(rig))),
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from framework.campaign.bundle import SUFFIX, Bundle, BundleError, read_bundle, unpack_journal
-from framework.campaign.replay import replay
+from framework.campaign.replay import rebased, replay
 from framework.campaign.replays import Again, replay_all
 from framework.disk import BaseImageError, DiskError, JournalReader
 from framework.explore.serve import StateMachine, Workplace
@@ -45,16 +45,22 @@ def rig_for(bundle: Bundle, rig: Path | None) -> Path:
 
 
 def run_replay(
-    paths: Sequence[Path], rig: Path | None, console: Console, *, disks_only: bool
+    paths: Sequence[Path],
+    rig: Path | None,
+    console: Console,
+    *,
+    disks_only: bool,
+    bases: Mapping[str, Path] | None = None,
 ) -> bool:
     """Do bundles again; whether all came out the same. Raises BundleError for a single one."""
     if len(paths) > 1:
-        return _run_many(paths, rig, console, disks_only=disks_only)
+        return _run_many(paths, rig, console, disks_only, bases)
     done = replay(
         paths[0],
         rig_for(read_bundle(paths[0]), rig),
         lambda text: console.print(text, markup=False, soft_wrap=True),
         disks_only=disks_only,
+        bases=bases,
     )
     for difference in done.disks:
         console.print(f"not the same: {difference}", markup=False)
@@ -66,7 +72,11 @@ def run_replay(
 
 
 def _run_many(
-    paths: Sequence[Path], rig: Path | None, console: Console, *, disks_only: bool
+    paths: Sequence[Path],
+    rig: Path | None,
+    console: Console,
+    disks_only: bool,
+    bases: Mapping[str, Path] | None,
 ) -> bool:
     columns = (
         TextColumn("{task.description}"),
@@ -82,12 +92,20 @@ def _run_many(
             console.print(f"{name}: {again.told}", markup=False, soft_wrap=True)
             progress.advance(task)
 
-        ended = replay_all(paths, lambda bundle: rig_for(bundle, rig), done, disks_only=disks_only)
+        ended = replay_all(
+            paths,
+            lambda bundle: rig_for(bundle, rig),
+            done,
+            disks_only=disks_only,
+            bases=bases,
+        )
     console.print(_table(ended))
+    idle = sum(again.idle for again in ended)
     same = sum(again.reproduced for again in ended)
-    cuts = sum(len(again.bundle.cuts) for again in ended if again.bundle is not None)
-    console.print(f"{same} of {len(ended)} reproduced; {cuts} cuts rebuilt")
-    return same == len(ended)
+    cuts = sum(len(a.bundle.cuts) for a in ended if a.bundle is not None and a.replayed is not None)
+    rest = f"; {idle} had no power cut" if idle else ""
+    console.print(f"{same} of {len(ended) - idle} reproduced; {cuts} cuts rebuilt{rest}")
+    return same == len(ended) - idle
 
 
 def _table(ended: Sequence[Again]) -> Table:
@@ -96,7 +114,7 @@ def _table(ended: Sequence[Again]) -> Table:
         table.add_column(name, ratio=ratio, overflow="fold")
     for again in sorted(ended, key=lambda each: (each.reproduced, each.path)):
         bundle, now = again.bundle, again.replayed
-        colour = "green" if again.reproduced else "red"
+        colour = "green" if again.reproduced else "dim" if again.idle else "red"
         table.add_row(
             again.path.name if bundle is None else bundle.scenario.rpartition("/")[2],
             "" if bundle is None else bundle.verdict,
@@ -111,12 +129,20 @@ def _escaped(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def run_console(path: Path, rig: Path | None, cut: int, console: Console, *, gdb: bool) -> None:
+def run_console(
+    path: Path,
+    rig: Path | None,
+    cut: int,
+    console: Console,
+    *,
+    gdb: bool,
+    bases: Mapping[str, Path] | None = None,
+) -> None:
     """Boot the disks that a bundle's cut left, with its console here; `gdb`: a debugger first.
 
     Raises BundleError, RigError or InfrastructureError.
     """
-    bundle = read_bundle(path)
+    bundle = rebased(read_bundle(path), bases or {})
     if cut >= len(bundle.cuts):
         raise BundleError(
             f"bundle {path}: has no cut {cut}: the run had {len(bundle.cuts)}"
@@ -128,8 +154,8 @@ def run_console(path: Path, rig: Path | None, cut: int, console: Console, *, gdb
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brownout-bundle-")))
         journal = unpack_journal(path, bundle, folder / "disk.journal")
         try:
-            bases = {name: Path(base) for name, (base, _) in bundle.bases.items()}
-            reader = JournalReader(journal, bases, verify_bases=True)
+            images = {name: Path(base) for name, (base, _) in bundle.bases.items()}
+            reader = JournalReader(journal, images, verify_bases=True)
             disks = {
                 name: stack.enter_context(reader.after_cut(facts.index, name))
                 for name in reader.devices

@@ -181,7 +181,6 @@ def test_a_sick_image_and_two_cuts(device: Device, update: Update, faults: Fault
 
 
 @allure.story("A bad day")
-@pytest.mark.demo(cost=3)
 @pytest.mark.lg_feature(["network", "uboot"])
 def test_everything_but_the_power_fails_in_one_update(
     device: Device, update: Update, faults: Faults

@@ -14,18 +14,13 @@ from framework.faults import (
 )
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device, Update
+from framework.scenario.outcomes import fails_cleanly, goes_through, went_back
 
 pytestmark = [allure.feature("Network"), pytest.mark.lg_feature("network")]
 
 
-def goes_through(device: Device, update: Update) -> None:
-    """The update gets there in spite of what happened."""
-    ended = device.update(update)
-    assert ended.exit_code == 0, f"the download was not resumed: {ended.cause}"
-    device.retry(update)
-
-
 @allure.story("Connection lost")
+@pytest.mark.demo(cost=2)
 @pytest.mark.smoke
 def test_connection_lost_in_the_middle_of_the_download(
     device: Device, update: Update, faults: Faults
@@ -57,10 +52,7 @@ def test_a_lost_connection_is_taken_up_again(
 def test_server_gone_for_good(device: Device, update: Update, faults: Faults) -> None:
     """The server refuses from the middle of the download on: a clean failure, then a retry."""
     faults.network("refuse").when(downloaded(percent=50))
-    ended = device.install(update)
-    assert ended.exit_code == 1
-    device.check_data()
-    device.retry(update)
+    fails_cleanly(device, update)
 
 
 @allure.story("Connection lost")
@@ -163,15 +155,11 @@ def test_a_new_system_without_a_cable_is_not_committed(
     faults.arm(link_down())
     device.reboot()
     device.check_data()
-    assert device.running is not None
-    assert device.running.version == device.base.name, f"{device.running.version} runs"
+    went_back(device)
 
 
 @allure.story("Names")
 def test_the_servers_name_is_gone(device: Device, update: Update, faults: Faults) -> None:
     """Nobody resolves the server's name: a clean failure that says so, then a retry."""
     faults.arm(name_gone())
-    ended = device.install(update)
-    assert ended.exit_code == 1
-    assert "name" in ended.cause.lower(), f"the cause does not say it: {ended.cause}"
-    device.retry(update)
+    fails_cleanly(device, update, says="name")

@@ -7,6 +7,7 @@ from framework.faults import Fault, ctrl_c, second_command, slot_write, state
 from framework.faults.operators import Order
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device, Update
+from framework.scenario.outcomes import fails_cleanly
 from framework.scenario.striking import SECOND_HAND
 
 pytestmark = [allure.feature("Operator")]
@@ -28,10 +29,7 @@ def test_an_interrupted_installation_can_be_repeated(
 ) -> None:
     """Ctrl-C in the middle: one line, nothing lost, and the same command works."""
     faults.arm(fault)
-    ended = device.install(update)
-    assert ended.exit_code == 130, f"exit code {ended.exit_code}"
-    device.check_data()
-    device.retry(update)
+    fails_cleanly(device, update, exit_code=130)
 
 
 @allure.story("Two hands")

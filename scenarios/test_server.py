@@ -13,17 +13,9 @@ from framework.faults import (
 )
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device, Update
+from framework.scenario.outcomes import fails_cleanly, goes_through
 
 pytestmark = [allure.feature("Server"), pytest.mark.lg_feature("network")]
-
-
-def fails_cleanly(device: Device, update: Update, says: str) -> None:
-    """The installation fails and says why; nothing is changed, and it can be tried again."""
-    ended = device.install(update)
-    assert ended.exit_code == 1, f"exit code {ended.exit_code}"
-    assert says in ended.cause, f"the cause does not say {says!r}: {ended.cause}"
-    device.check_data()
-    device.retry(update)
 
 
 @allure.story("Errors")
@@ -41,9 +33,7 @@ def test_an_error_that_passes_costs_only_time(
 ) -> None:
     """The server is overloaded or restarted: the client tries again, as late as it is told."""
     faults.arm(fault)
-    ended = device.update(update)
-    assert ended.exit_code == 0, ended.cause
-    device.retry(update)
+    goes_through(device, update)
 
 
 @allure.story("Errors")
@@ -61,7 +51,7 @@ def test_an_error_that_stays_is_told(
 ) -> None:
     """The file is gone or forbidden, or a login is wanted: a clean failure at once."""
     faults.arm(fault)
-    fails_cleanly(device, update, says)
+    fails_cleanly(device, update, says=says)
 
 
 @allure.story("Errors")
@@ -70,7 +60,7 @@ def test_a_server_that_is_broken_for_good_is_given_up(
 ) -> None:
     """The server answers 500 to everything: the retries end."""
     faults.arm(server_answers(500, times=None))
-    fails_cleanly(device, update, "500")
+    fails_cleanly(device, update, says="500")
 
 
 @allure.story("Wrong content")
@@ -80,7 +70,7 @@ def test_a_captive_portal_is_named_for_what_it_is(
 ) -> None:
     """A web page comes instead of the artifact."""
     faults.arm(captive_portal())
-    fails_cleanly(device, update, "portal")
+    fails_cleanly(device, update, says="portal")
 
 
 @allure.story("Wrong content")
@@ -98,10 +88,7 @@ def test_what_is_not_the_artifact_is_not_installed(
 ) -> None:
     """Something else comes, from the start or in the middle: refused, nothing changed."""
     faults.arm(fault)
-    ended = device.install(update)
-    assert ended.exit_code == 1, f"exit code {ended.exit_code}"
-    device.check_data()
-    device.retry(update)
+    fails_cleanly(device, update)
 
 
 @allure.story("Certificates")
@@ -121,4 +108,4 @@ def test_a_bad_certificate_is_never_accepted(
 ) -> None:
     """The server can't prove who it is: refused at once, and said so."""
     faults.arm(fault)
-    fails_cleanly(device, update, "certificate")
+    fails_cleanly(device, update, says="certificate")

@@ -15,6 +15,7 @@ from framework.faults import (
 )
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device, Update
+from framework.scenario.outcomes import fails_cleanly, goes_through
 
 pytestmark = [allure.feature("Storage"), pytest.mark.lg_feature("power-cut")]
 
@@ -47,10 +48,7 @@ def test_an_error_in_the_slot_ends_the_installation(
 ) -> None:
     """The passive slot can't be written, flushed or read back: it is never started."""
     faults.arm(fault)
-    ended = device.install(update)
-    assert ended.exit_code == 1, f"exit code {ended.exit_code}"
-    device.check_data()
-    device.retry(update)
+    fails_cleanly(device, update)
 
 
 @allure.story("Errors")
@@ -103,9 +101,7 @@ def test_a_slow_disk_is_only_slow(
 ) -> None:
     """Writes, flushes or reads take long: the update takes longer, and that is all."""
     faults.arm(fault)
-    ended = device.update(update)
-    assert ended.exit_code == 0, ended.cause
-    device.retry(update)
+    goes_through(device, update)
 
 
 @allure.story("Full")
@@ -114,10 +110,7 @@ def test_a_full_data_partition_is_told_before_anything_is_written(
 ) -> None:
     """The data partition is full: refused with the cause; with room it works."""
     faults.arm(data_full())
-    ended = device.install(update)
-    assert ended.exit_code == 1, f"exit code {ended.exit_code}"
-    device.check_data()
-    device.retry(update)
+    fails_cleanly(device, update)
 
 
 @allure.story("Full")

@@ -14,10 +14,10 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from framework.campaign.bundle import (
     SUFFIX,
@@ -75,6 +75,17 @@ def _pieces(disk: LazyDisk, offset: int, length: int) -> Iterator[bytes]:
                 yield disk.read(at, _SECTOR)
             except UnreadableSectorError:
                 yield _UNREADABLE
+
+
+def rebased(bundle: Bundle, bases: Mapping[str, Path]) -> Bundle:
+    """The bundle with base images at other places; their hashes stay."""
+    return evolve(
+        bundle,
+        bases={
+            name: (str(bases.get(name, path)), digest)
+            for name, (path, digest) in bundle.bases.items()
+        },
+    )
 
 
 def check_disks(path: Path, bundle: Bundle) -> tuple[str, ...]:
@@ -166,13 +177,22 @@ def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say) -> Bundle:
     return read_bundle(Path(done.bundle))
 
 
-def replay(path: Path, rig: Path, say: Say, *, disks_only: bool = False) -> Replayed:
+def replay(
+    path: Path,
+    rig: Path,
+    say: Say,
+    *,
+    disks_only: bool = False,
+    bases: Mapping[str, Path] | None = None,
+) -> Replayed:
     """Rebuild the disks, and run the scenario again unless `disks_only`.
+
+    `bases`: base images that are not where the bundle says, by disk.
 
     Raises:
         BundleError: the bundle or the rig can't be used.
     """
-    bundle = read_bundle(path)
+    bundle = rebased(read_bundle(path), bases or {})
     say(f"{bundle.scenario} on {bundle.rig}, seed {bundle.run_seed}: {bundle.verdict}")
     for fault in bundle.faults:
         say(f"fault: {fault}")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from framework.campaign.replay import (
     check_disks,
     course_of,
     lived_again,
+    rebased,
     run_again,
 )
 from framework.campaign.steps import compare
@@ -42,12 +43,14 @@ class Again:
         bundle: what it says; None if it can't be read.
         replayed: how it came out; None if it could not be done again.
         error: why not.
+        idle: whether there was nothing to do: no cut, so no disk to rebuild.
     """
 
     path: Path
     bundle: Bundle | None
     replayed: Replayed | None
     error: str = ""
+    idle: bool = False
 
     @property
     def reproduced(self) -> bool:
@@ -71,6 +74,7 @@ def replay_all(
     done: Callable[[Again], None],
     *,
     disks_only: bool = False,
+    bases: Mapping[str, Path] | None = None,
 ) -> list[Again]:
     """Do all of them again; `done` is called with each, as it ends. One that can't be is told."""
     ended: list[Again] = []
@@ -83,13 +87,15 @@ def replay_all(
     for path in paths:
         bundle: Bundle | None = None
         try:
-            bundle = read_bundle(path)
+            bundle = rebased(read_bundle(path), bases or {})
             if (lived := lived_again(bundle)) is not None:
                 end(Again(path, bundle, lived))
                 continue
             disks = check_disks(path, bundle)
             session = sessions.setdefault((rig_of(bundle), bundle.run_seed), {})
-            if disks_only:
+            if disks_only and not bundle.cuts:
+                end(Again(path, bundle, None, "the run had no power cut", idle=True))
+            elif disks_only:
                 end(Again(path, bundle, Replayed(disks, None, "")))
             elif "::" not in bundle.scenario or bundle.scenario in session:
                 # Not one of pytest's, or a second time in one session.

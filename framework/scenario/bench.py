@@ -18,10 +18,15 @@ from framework.scenario.management import SERVER_NAME, ManagementServer
 from framework.scenario.manifest import ManifestError, TargetManifest
 from framework.targets.errors import RigError
 from framework.targets.rig import load_rig
-from framework.targets.uut import BrownoutUpdater, UpdaterUnderTest, UutError
+from framework.targets.uut import (
+    ArtifactServer,
+    BrownoutUpdater,
+    UpdaterUnderTest,
+    UutError,
+    serve_artifacts,
+)
 from images import ImageError, Places, TargetImages, build_target, recipe_names
 from images.keys import ensure_keys
-from updater.server import ArtifactFileServer, ServerError
 
 ARTIFACT_FOLDER = "artifacts"
 
@@ -46,7 +51,7 @@ class Bench:
     machine: Machine
     strategy: Strategy
     images: TargetImages
-    server: ArtifactFileServer
+    server: ArtifactServer
     uut: UpdaterUnderTest
     artifacts: Path
     key: Path
@@ -162,8 +167,8 @@ def _open(target_name: str, find_target: Callable[[], Any], variants: Sequence[s
         keys = images.directory.parent / "keys"
         artifacts = images.directory / ARTIFACT_FOLDER
         artifacts.mkdir(exist_ok=True)
-        server = ArtifactFileServer(artifacts, keys / "server.pem", keys / "server.key").start()
-    except (ImageError, ManifestError, RigError, ServerError, UutError, OSError) as error:
+        server = serve_artifacts(artifacts, keys / "server.pem", keys / "server.key")
+    except (ImageError, ManifestError, RigError, UutError, OSError) as error:
         raise BenchError(str(error)) from error
     bench = Bench(
         machine, strategy, images, server, BrownoutUpdater(), artifacts, keys / "artifact.key"

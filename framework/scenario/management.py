@@ -25,8 +25,7 @@ from attrs import define
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from updater.server import ServerError
-from updater.server.setup import initialise
+from framework.targets.uut import UutError, make_management
 
 SERVER_NAME = "updates.brownout.test"
 START_TIMEOUT_S = 120.0
@@ -47,12 +46,12 @@ class Enrolment:
 class ManagementServer:
     """The server, running; a context manager.
 
-    Raises ServerError when it does not start.
+    Raises UutError when it does not start.
     """
 
     def __init__(self, folder: Path, keys: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        made = initialise(folder, [SERVER_NAME], 0, "127.0.0.1", [keys / "artifact.pem"])
+        password = make_management(folder, SERVER_NAME, keys / "artifact.pem")
         # The images trust the rig's authority, not one that was made a second ago.
         for name in ("server.pem", "server.key"):
             shutil.copyfile(keys / name, folder / name)
@@ -66,7 +65,7 @@ class ManagementServer:
                 verify=ssl.create_default_context(cafile=str(keys / "ca.pem")),
                 timeout=60.0,
             )
-            login = {"name": "admin", "password": made.admin_password}
+            login = {"name": "admin", "password": password}
             token = self._call("POST", "/login", json=login)["token"]
             self._api.headers["Authorization"] = f"Bearer {token}"
         except BaseException:
@@ -160,9 +159,7 @@ class ManagementServer:
         if found is None:
             with contextlib.suppress(OSError):
                 said += self._log.read_bytes()[-400:]
-            raise ServerError(
-                f"the management server did not start: {said.decode(errors='replace')}"
-            )
+            raise UutError(f"the management server did not start: {said.decode(errors='replace')}")
         return int(found[1])
 
     def _first_contact(self, key: Ed25519PrivateKey, public: bytes) -> None:
@@ -176,13 +173,13 @@ class ManagementServer:
             headers={"X-MEN-Signature": signature, "Content-Type": "application/json"},
         )
         if answer.status_code != 200:
-            raise ServerError(f"the device is not accepted: {answer.status_code} {answer.text}")
+            raise UutError(f"the device is not accepted: {answer.status_code} {answer.text}")
 
     def _call(self, method: str, path: str, **kwargs: Any) -> Any:
         try:
             answer = self._api.request(method, f"/management/v1{path}", **kwargs)
         except httpx.HTTPError as error:
-            raise ServerError(f"the management server: {method} {path}: {error}") from error
+            raise UutError(f"the management server: {method} {path}: {error}") from error
         if answer.status_code >= 400:
-            raise ServerError(f"{method} {path}: {answer.status_code} {answer.text[:400]}")
+            raise UutError(f"{method} {path}: {answer.status_code} {answer.text[:400]}")
         return answer.json() if answer.content else None

@@ -78,6 +78,42 @@ class BootSigns:
     data_lost: re.Pattern[str]
 
 
+class ArtifactServer(Protocol):
+    """A running TLS server of a folder of artifacts."""
+
+    host: str
+    port: int
+
+    def close(self) -> None:
+        """Stop it."""
+
+
+def serve_artifacts(folder: Path, certificate: Path, key: Path) -> ArtifactServer:
+    """Serve a folder's files over TLS on the loopback, on any free port. Raises UutError."""
+    # Here, as below: most of what imports this module starts no server.
+    from updater.server import ArtifactFileServer, ServerError  # noqa: PLC0415
+
+    try:
+        return ArtifactFileServer(folder, certificate, key).start()
+    except ServerError as error:
+        raise UutError(str(error)) from error
+
+
+def make_management(folder: Path, name: str, artifact_key: Path) -> str:
+    """Make a management server's folder; `updater server run` starts it.
+
+    It is called `name`, listens on the loopback, and trusts artifacts signed by `artifact_key`.
+    Returns its admin's password. Raises UutError.
+    """
+    from updater.server import ServerError  # noqa: PLC0415
+    from updater.server.setup import initialise  # noqa: PLC0415
+
+    try:
+        return initialise(folder, [name], 0, "127.0.0.1", [artifact_key]).admin_password
+    except ServerError as error:
+        raise UutError(str(error)) from error
+
+
 class UpdaterUnderTest(Protocol):
     """What the framework asks of an updater."""
 

@@ -98,11 +98,33 @@ def test_a_folder_of_bundles_ends_in_a_table(
     done = brownout("replay", "--disks-only", path.parent)
     assert done.code == 0, done.err
     assert "2 of 2 reproduced; 2 cuts rebuilt" in done.out
+    uncut = evolve(read_bundle(path), cuts=())
+    write_bundle(path.with_name("uncut.bundle"), uncut)
+    done = brownout("replay", "--disks-only", path.parent)
+    assert done.code == 0
+    assert "2 of 2 reproduced; 2 cuts rebuilt; 1 had no power cut" in done.out
     (path.with_name("c.bundle")).write_bytes(b"PK no")
     done = brownout("replay", "--disks-only", path.parent)
     assert done.code == 1
     assert "2 of 3 reproduced" in done.out
     assert "not a bundle, or damaged" in " ".join(done.out.split())
+
+
+def test_a_base_image_may_be_elsewhere_but_no_other(
+    bundle: tuple[Path, Path], brownout: Callable[..., Done], tmp_path: Path
+) -> None:
+    path, rig = bundle
+    (rig.parent / "disk.img").rename(tmp_path / "moved.img")
+    assert brownout("replay", "--disks-only", path).code == 2
+    done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
+    assert done.code == 0, done.err
+    path.with_name("b.bundle").write_bytes(path.read_bytes())
+    moved = f"vda={tmp_path / 'moved.img'}"
+    assert "2 of 2" in brownout("replay", "--disks-only", path.parent, "--base", moved).out
+    (tmp_path / "moved.img").write_bytes(b"x" * DISK_BYTES)
+    done = brownout("replay", "--disks-only", path, "--base", f"vda={tmp_path / 'moved.img'}")
+    assert done.code == 2
+    assert "build the images it was made of" in done.err
 
 
 def test_a_disk_that_came_out_otherwise_is_told_of_its_bundle(
