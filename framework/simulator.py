@@ -11,10 +11,11 @@ import json
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Final
 
@@ -271,7 +272,16 @@ def _begin_worker() -> None:
     """Leave interrupts to the parent; what a worker makes is its own."""
     global _laboratory  # noqa: PLW0603 - one a process, as SQLite's VFS is
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _laboratory = Laboratory()
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: one that is killed can't tell its workers."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job) -> Tally:

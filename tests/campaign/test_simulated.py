@@ -453,3 +453,27 @@ def test_an_interrupt_ends_the_search_and_its_processes(tmp_path: Path) -> None:
 def _children(pid: int) -> list[int]:
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def test_a_search_that_is_killed_leaves_no_worker_behind(tmp_path):
+    program = [sys.executable, "-m", "framework.cli", "simulate", "--lifetimes", "100000"]
+    search = subprocess.Popen(
+        [*program, "--workers", "2", "--output", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    children = Path(f"/proc/{search.pid}/task/{search.pid}/children")
+    deadline = time.monotonic() + 60
+    workers: list[str] = []
+    while len(workers) < 2 and time.monotonic() < deadline:
+        workers = children.read_text(encoding="ascii").split()
+        time.sleep(0.1)
+    assert len(workers) >= 2
+    time.sleep(3)
+    search.kill()
+    search.wait()
+    left = {pid for pid in workers if Path(f"/proc/{pid}").exists()}
+    while left and time.monotonic() < deadline + 30:
+        time.sleep(0.1)
+        left = {pid for pid in left if Path(f"/proc/{pid}").exists()}
+    assert left == set()
