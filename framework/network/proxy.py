@@ -419,9 +419,10 @@ class FaultProxy:
                 assert self._socket is not None
                 self._refusing = True
                 self._loop.remove_reader(self._socket)
+                # First: nobody else may take the port in the moment between.
+                _reusable(self._socket, False)
                 with contextlib.suppress(OSError):  # it refuses already
                     self._socket.shutdown(socket.SHUT_RDWR)
-                    _reusable(self._socket, False)
             case "slow":
                 self._slow = fault
             case "divert":
