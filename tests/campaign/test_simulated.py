@@ -32,7 +32,7 @@ from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLo
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError, format_region
 from framework.targets.simulated.laboratory import Laboratory
 
-SLOW = {"store-never-synced": 1400, "rollback-keeps-trial": 800, "no-read-back": 800}
+SLOW = {"store-never-synced": 2500, "rollback-keeps-trial": 800, "no-read-back": 800}
 """Lifetimes within which the bugs that need luck are found; the others are within 300."""
 
 
