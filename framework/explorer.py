@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -305,7 +305,7 @@ def _explore_one(
             bounds = wish.bounds if honest else evolve(wish.bounds, mounts=0, cold_boots=0, deep=0)
             found = examiner.examine(exploration, judges, bounds)
             runs.append(Run(honest, found, str(facts.get("rig", ""))))
-    bundles = _leave_bundles(recording, runs, folder)
+    bundles = _leave_bundles(recording, runs, folder, wish)
     return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
 
 
@@ -337,12 +337,15 @@ def _by_honesty(models: Sequence[CacheModel]) -> list[list[CacheModel]]:
     return [group for group in (honest, [m for m in models if m not in honest]) if group]
 
 
-def _leave_bundles(recording: Recording, runs: Sequence[Run], output: Path) -> list[str]:
+def _leave_bundles(
+    recording: Recording, runs: Sequence[Run], output: Path, wish: Wish
+) -> list[str]:
     """A bundle for each violation, the most telling first, up to a bound."""
     made: list[str] = []
-    told: set[tuple[int, str, int]] = set()
-    for run, violation in _violations(runs):
-        key = (violation.invariant, violation.evidence, violation.phase)
+    told: set[tuple[int, str, int, str]] = set()
+    for run, violation in most_telling(runs, wish):
+        why_not = excuse(run, violation, wish)
+        key = (violation.invariant, violation.evidence, violation.phase, why_not)
         if key in told or len(made) >= MAX_BUNDLES:
             continue
         told.add(key)
@@ -351,17 +354,16 @@ def _leave_bundles(recording: Recording, runs: Sequence[Run], output: Path) -> l
             output / name, recording, (violation.state,), _why(violation, run.honest)
         )
         made.append(str(folder))
-    for result in (result for run in runs for result in run.found.deep):
-        for deeper in result.violations[: max(0, MAX_BUNDLES - len(made))]:
-            name = f"deep-{deeper.invariant}-{result.crash_class.key[:8]}-{len(made)}"
-            folder = write_bundle(
-                output / name,
-                recording,
-                (deeper.first, deeper.second),
-                _why_deep(deeper),
-                deeper.recovery,
-            )
-            made.append(str(folder))
+    for _, result, deeper in _violations_below(runs, wish)[: max(0, MAX_BUNDLES - len(made))]:
+        name = f"deep-{deeper.invariant}-{result.crash_class.key[:8]}-{len(made)}"
+        folder = write_bundle(
+            output / name,
+            recording,
+            (deeper.first, deeper.second),
+            _why_deep(deeper),
+            deeper.recovery,
+        )
+        made.append(str(folder))
     for run in runs:
         for number, booted in enumerate(run.found.disagreements[:MAX_BUNDLES]):
             name = f"disagreement-{booted.crash_class.key[:8]}-{number}"
@@ -374,10 +376,18 @@ def _leave_bundles(recording: Recording, runs: Sequence[Run], output: Path) -> l
     return made
 
 
-def _violations(runs: Sequence[Run]) -> list[tuple[Run, Violation]]:
-    """All violations, the most telling first."""
+def most_telling(runs: Sequence[Run], wish: Wish) -> list[tuple[Run, Violation]]:
+    """All violations, the most telling first: what counts is never crowded out by what doesn't."""
     told = [(run, violation) for run in runs for violation in run.found.violations]
-    return sorted(told, key=lambda t: (not t[0].honest, t[1].invariant, t[1].phase))
+    return sorted(told, key=lambda t: (excuse(t[0], t[1], wish) != "", t[1].invariant, t[1].phase))
+
+
+def _violations_below(
+    runs: Sequence[Run], wish: Wish
+) -> list[tuple[Run, DeepResult, DeepViolation]]:
+    """The same of depth two."""
+    told = [(run, one, v) for run in runs for one in run.found.deep for v in one.violations]
+    return sorted(told, key=lambda t: (excuse(t[0], t[2], wish) != "", t[2].invariant, t[2].phase))
 
 
 def _why(violation: Violation, honest: bool) -> dict[str, Any]:
@@ -513,30 +523,28 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
     console.print(table)
     if result["deep"]:
         console.print(_deep_table(result["deep"]))
-    shown: set[tuple[int, str, str]] = set()
-    for run, violation in _violations(runs):
-        line = (violation.invariant, violation.evidence, violation.promised)
-        if line in shown or len(shown) >= MAX_BUNDLES:
-            continue
-        shown.add(line)
-        why_not = excuse(run, violation, wish)
-        blame = f"[yellow]{why_not}" if why_not else "[red]VIOLATION"
-        console.print(
-            f"{blame}({violation.invariant})[/] {violation.promised}: {violation.evidence} "
-            f"({violation.state.model}, judge {violation.judge})"
-        )
-    below = [(one, v) for one in runs for r in one.found.deep for v in r.violations]
-    for run, deeper in below:
-        line = (deeper.invariant, deeper.evidence, deeper.promised)
-        if line in shown or len(shown) >= 2 * MAX_BUNDLES:
-            continue
-        shown.add(line)
-        why_not = excuse(run, deeper, wish)
-        blame = f"[yellow]{why_not}" if why_not else "[red]VIOLATION"
-        console.print(
-            f"{blame}({deeper.invariant})[/] at depth two, {deeper.promised}: {deeper.evidence} "
-            f"({deeper.second.model})"
-        )
+    _print_lines(
+        console,
+        (
+            (
+                excuse(run, v, wish),
+                v.invariant,
+                f"{v.promised}: {v.evidence} ({v.state.model}, judge {v.judge})",
+            )
+            for run, v in most_telling(runs, wish)
+        ),
+    )
+    _print_lines(
+        console,
+        (
+            (
+                excuse(run, v, wish),
+                v.invariant,
+                f"at depth two, {v.promised}: {v.evidence} ({v.second.model})",
+            )
+            for run, _, v in _violations_below(runs, wish)
+        ),
+    )
     for text in result["disagreements"][:MAX_BUNDLES]:
         console.print(f"[magenta]DISAGREEMENT[/] {text}")
     for bundle in result["bundles"]:
@@ -548,6 +556,13 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
         f"{total} violations, {len(result['disagreements'])} disagreements; "
         f"{result['seconds']:.1f} s"
     )
+
+
+def _print_lines(console: Console, lines: Iterable[tuple[str, int, str]]) -> None:
+    """Excuse, invariant and text of violations, each once, up to a bound."""
+    for why_not, invariant, text in list(dict.fromkeys(lines))[:MAX_BUNDLES]:
+        blame = f"[yellow]{why_not}" if why_not else "[red]VIOLATION"
+        console.print(f"{blame}({invariant})[/] {text}")
 
 
 def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -619,7 +634,7 @@ def _section(
     strong = {"power": "power", SOURCE: "event", "qmp": "boot"}
     layout = Context.of(journal, recording.facts).layout
     told: dict[tuple[str, ...], None] = {}
-    for run, violation in _violations(runs):
+    for run, violation in most_telling(runs, wish):
         text = (violation.promised, violation.evidence, violation.state.model, violation.judge)
         told[(str(violation.invariant), *text, excuse(run, violation, wish))] = None
     thin = max(1, len(table) // PICTURE_OPERATIONS)
@@ -666,7 +681,7 @@ def _cut_points(journal: JournalReader, runs: Sequence[Run], wish: Wish) -> tupl
             for span in crash_class.spans:
                 classes[span.first_operation] += 1
                 classes[min(span.last_operation, count) + 1] -= 1
-    for run, violation in reversed(_violations(runs)):
+    for run, violation in reversed(most_telling(runs, wish)):
         verdict = "accepted" if excuse(run, violation, wish) else "broken"
         text = f"invariant {violation.invariant}, {violation.state.model}: {violation.evidence}"
         for number in range(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 from attrs import field, frozen
@@ -662,8 +662,3 @@ def _same_place(one: Trigger, other: Trigger) -> bool:
     if isinstance(one, ConsoleSays | OnRecord):
         return one == other
     return True
-
-
-def triggers_of(cells: Iterable[Cell]) -> list[str]:
-    """The kinds of triggers in some cells, sorted."""
-    return sorted({cell.trigger for cell in cells})

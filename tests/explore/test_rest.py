@@ -20,7 +20,7 @@ from framework.explore.examine import Bounds, Examiner
 from framework.explore.layout import Range, Region, Role
 from framework.explore.rest import spared
 from framework.explore.timeline import SOURCE, FileSynced, to_mark
-from framework.explorer import Run, Wish, excuse
+from framework.explorer import Run, Wish, excuse, most_telling
 from framework.targets.uut import BrownoutUpdater
 
 MIB = 1 << 20
@@ -102,3 +102,10 @@ def test_a_state_without_damage_beside_what_was_written_has_no_gentler_one(disk,
     states = [c.representative for c in found.exploration.classes]
     assert any(state.decision.garbage for state in states)
     assert all(spared(context.journal, state) is None for state in states)
+
+
+def test_what_counts_is_never_crowded_out_by_what_does_not(disk, tmp_path):
+    _, found = examined(disk, tmp_path, TornPage(), onto_itself=False)
+    counts = evolve(found.violations[0], at_rest=False, invariant=8)
+    found.violations.append(counts)
+    assert most_telling([Run(True, found, "tiny")], WISH)[0][1] is counts
