@@ -88,6 +88,8 @@ class MachineProcess:
         self.arguments = tuple(arguments)
         self.output_path = output_path
         self.exited = threading.Event()
+        self.told = threading.Event()
+        """Set once `on_exit` has returned."""
         self._on_exit = on_exit
         command = [setpriv, "--pdeathsig", "KILL", "--", *arguments]
 
@@ -110,8 +112,11 @@ class MachineProcess:
     def _reap(self) -> None:
         self._popen.wait()
         self.exited.set()
-        if self._on_exit is not None:
-            self._on_exit(self)
+        try:
+            if self._on_exit is not None:
+                self._on_exit(self)
+        finally:
+            self.told.set()
 
     @property
     def alive(self) -> bool:

@@ -97,6 +97,8 @@ from framework.targets.rundir import RunDirectory, sweep
 __all__ = ["PowerLoss", "QmpEvent", "RecordedQEMUDriver"]
 
 _DRAIN_S = 2.0
+#: From a broken connection to the reaped process: milliseconds, more on a busy host.
+_REAP_S = 2.0
 _RESET_STALL_S = 0.1  # no firmware writes a disk so soon after a reset (U-Boot: 0.15 s)
 _EVENTS_KEPT = 1000
 _SEED_BITS = 32
@@ -447,6 +449,19 @@ class RecordedQEMUDriver(
         process = self._process
         return process is not None and process.alive
 
+    def settle(self) -> None:
+        """Wait until an end of the machine that has already begun is told and its cause known.
+
+        A console that breaks is noticed before the process is reaped; afterwards `failure`,
+        `power_loss` and `last_cut` say why. Returns at once for a machine that is off, within
+        seconds for one that runs on.
+        """
+        process = self._process
+        if process is not None:
+            process.told.wait(_REAP_S)
+        with self._lock:  # held while an end is handled
+            return
+
     def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call `listener` for every QMP event, in the monitor's thread; it must not block.
 
@@ -683,9 +698,14 @@ class RecordedQEMUDriver(
             self.boots += 1
             self._qmp.execute("cont", timeout_s=max(0.1, deadline - time.monotonic()))
         except Exception as error:
-            if process is None or self._process is not process or process.alive:
+            # A connection breaks a moment before the process is reaped: ask for its end, then
+            # judge. One that ended after its start is told by `_machine_ended`.
+            ended = process is not None and process.exited.wait(
+                _REAP_S if isinstance(error, QmpFailure | OSError) else 0.0
+            )
+            if not ended or self._process is not process:
                 self._abandon(process, console, monitor)
-                raise self._start_error(process, error) from error
+                raise self._start_error(process, error, ended) from error
         finally:
             console_theirs.close()
             monitor_theirs.close()
@@ -703,11 +723,14 @@ class RecordedQEMUDriver(
         console.close()
         monitor.close()
 
-    def _start_error(self, process: MachineProcess | None, error: Exception) -> Any:
+    def _start_error(
+        self, process: MachineProcess | None, error: Exception, ended: bool
+    ) -> ExecutionError:
+        """What to say of a start that failed; `ended`: QEMU was gone before we killed it."""
         if process is None:
             return ExecutionError(f"{self}: QEMU could not be started: {error}")
         said = process.output() or str(error)
-        if process.ended.startswith("exit"):
+        if ended:
             return ExecutionError(f"{self}: QEMU did not start ({process.ended}): {said}")
         return ExecutionError(
             f"{self}: QEMU was not ready within {self.start_deadline_s:g} s: {said}"

@@ -365,6 +365,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             self._adopt(self._unadopted)
         if self.shell.state is not BindingState.active:
             raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
+        generation = self.pump.generation
         try:
             lines, _, code = self.shell.run(command, timeout=timeout_s)
         except TIMEOUT as error:
@@ -372,8 +373,10 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             raise ConsoleTimeout(
                 f"end of {command!r}", timeout_s, tail=self.pump.tail(), log=self.pump.log_path
             ) from error
-        except (ConsoleDeath, ConsoleLost) as error:
+        except ConsoleError as error:
             self._drop_shell()
+            if isinstance(error, ConsoleLost) and self.pump.generation == generation:
+                self._settle()  # not a restart: find out what it was
             if getattr(self.power, "failure", None) is not None:
                 raise InfrastructureError(self.power.failure, evidence=self.pump.tail()) from error
             raise
@@ -417,8 +420,10 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             self.power.on()
         except ExecutionError as error:
             raise InfrastructureError(f"power-on failed: {error.msg}") from error
-        if self._power() is False and self.pump.gone is None:
-            raise InfrastructureError("the power switch says 'off' after it was switched on")
+        if self._power() is False:
+            self._settle()
+            if self.pump.gone is None:
+                raise InfrastructureError("the power switch says 'off' after it was switched on")
         return start
 
     def _adopt(self, outcome: BootOutcome) -> None:
@@ -505,6 +510,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
 
     def _fate_of_loss(self, error: ConsoleLost) -> Fate:
         """A lost console is a planned cut, the guest's own doing, or the rig's failure."""
+        self._settle()
         if getattr(self.power, "power_loss", None) is not None or self._power_cut():
             return Fate.POWER_LOST
         if "switched itself off" in error.reason:
@@ -515,7 +521,14 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         event = getattr(self.power, "power_lost", None)
         return event is not None and event.is_set()
 
+    def _settle(self) -> None:
+        """The console is lost: have the power switch find out why, if it can."""
+        settle = getattr(self.power, "settle", None)
+        if settle is not None:
+            settle()
+
     def _lost(self, error: ConsoleLost) -> Exception:
+        self._settle()
         failure = getattr(self.power, "failure", None)
         return InfrastructureError(failure or error.reason, evidence=self.pump.tail())
 

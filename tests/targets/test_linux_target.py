@@ -294,7 +294,16 @@ def test_a_command_that_takes_too_long_leaves_no_broken_shell(ready: SlotStrateg
 
 @emulated
 @slow
-def test_a_killed_qemu_is_infrastructure_not_a_verdict(ready: SlotStrategy) -> None:
+@pytest.mark.parametrize("reaped_after_s", [0.0, 0.5])
+def test_a_killed_qemu_is_infrastructure_not_a_verdict(
+    ready: SlotStrategy, monkeypatch: pytest.MonkeyPatch, reaped_after_s: float
+) -> None:
+    """Also on a busy host, where the console breaks before QEMU's end is noticed."""
+    if reaped_after_s:
+        exited = ready.power._process.exited
+        monkeypatch.setattr(
+            exited, "set", lambda: (time.sleep(reaped_after_s), type(exited).set(exited))
+        )
     os.kill(ready.power.pid, signal.SIGKILL)
     with pytest.raises(InfrastructureError, match="signal 9") as caught:
         ready.run("sleep 100", 100)

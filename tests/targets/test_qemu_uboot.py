@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from framework.disk import Fault, JournalReader, Kind, Trigger
 from framework.targets import rundir
 from framework.targets.errors import RigError
 from framework.targets.process import MachineProcess
+from framework.targets.qmp import QmpConnection
 from framework.targets.rig import load_rig
 from framework.targets.rundir import RunDirectory, base_directory, start_time, sweep
 
@@ -133,6 +135,60 @@ def test_a_qemu_killed_from_outside_is_noticed_told_and_started_again(uboot_mach
     driver.on()
     to_prompt(driver)
     assert driver.failure is None
+
+
+@pytest.fixture
+def slow_reaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host: a dead process's connections break long before its end is noticed."""
+    reap = MachineProcess._reap
+
+    def late(self: MachineProcess) -> None:
+        self._popen.wait()
+        time.sleep(0.5)
+        reap(self)
+
+    monkeypatch.setattr(MachineProcess, "_reap", late)
+
+
+@pytest.mark.usefixtures("slow_reaper")
+@pytest.mark.parametrize("before", ["qmp_capabilities", "cont"])
+def test_a_qemu_killed_while_it_starts_is_told_as_such(
+    uboot_machine: Make, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Before it is ours: the start failed. Afterwards: the machine ended by itself."""
+    driver = uboot_machine()
+    if before == "cont":
+        execute = QmpConnection.execute
+
+        def killed(self: QmpConnection, command: str, *args: Any, **keywords: Any) -> Any:
+            if command == "cont":
+                os.kill(driver.pid, signal.SIGKILL)
+            return execute(self, command, *args, **keywords)
+
+        monkeypatch.setattr(QmpConnection, "execute", killed)
+        with contextlib.suppress(ExecutionError):
+            driver.on()
+        driver.settle()
+        assert driver.failure == "QEMU ended by itself: signal 9 (SIGKILL)"
+    else:
+        connect = QmpConnection._connect
+
+        async def dead(self: QmpConnection, *args: Any) -> Any:
+            processes[0].signal_kill()
+            return await connect(self, *args)
+
+        processes: list[MachineProcess] = []
+        begin = MachineProcess.__init__
+
+        def kept(self: MachineProcess, *args: Any, **keywords: Any) -> None:
+            begin(self, *args, **keywords)
+            processes.append(self)
+
+        monkeypatch.setattr(MachineProcess, "__init__", kept)
+        monkeypatch.setattr(QmpConnection, "_connect", dead)
+        with pytest.raises(ExecutionError, match=r"did not start \(signal 9"):
+            driver.on()
+    assert driver.get() is False
 
 
 def test_a_guest_reset_starts_afresh_on_the_same_disk(uboot_machine: Make) -> None:
