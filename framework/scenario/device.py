@@ -120,6 +120,9 @@ class Strategy(Protocol):
     def run(self, command: str, timeout_s: float = 30.0) -> CommandResult:
         """Run a command in its shell."""
 
+    def require_host(self, since: float, most_s: float) -> None:
+        """Raise InfrastructureError if a busy host kept the device from running for longer."""
+
 
 @frozen
 class Update:

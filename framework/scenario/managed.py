@@ -8,6 +8,8 @@ and tells the server. A step ends when the daemon has nothing more to do and goe
 
 from __future__ import annotations
 
+import time
+
 from attrs import define, evolve
 
 from framework.console import ConsoleLost, ConsoleTimeout, Marker
@@ -114,6 +116,9 @@ class ManagedDevice(Device):
                 self.power_went()
                 return None
             except ConsoleTimeout as error:
+                self.strategy.require_host(
+                    time.monotonic() - SETTLE_TIMEOUT_S, SETTLE_TIMEOUT_S / 2
+                )
                 return evolve(boot, ready=False, evidence=f"the daemon does not settle: {error}")
             if match.marker is SETTLED:
                 return boot

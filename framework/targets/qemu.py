@@ -93,12 +93,15 @@ from framework.targets.process import MachineProcess
 from framework.targets.protocols import PowerCutProtocol
 from framework.targets.qmp import QmpConnection, QmpFailure
 from framework.targets.rundir import RunDirectory, sweep
+from framework.targets.starvation import StarvationWatch
 
 __all__ = ["PowerLoss", "QmpEvent", "RecordedQEMUDriver"]
 
 _DRAIN_S = 2.0
 #: From a broken connection to the reaped process: milliseconds, more on a busy host.
 _REAP_S = 2.0
+#: The shortest watchdog that our targets set.
+_WATCHDOG_S = 15.0
 _RESET_STALL_S = 0.1  # no firmware writes a disk so soon after a reset (U-Boot: 0.15 s)
 _EVENTS_KEPT = 1000
 _SEED_BITS = 32
@@ -210,6 +213,7 @@ class RecordedQEMUDriver(
         self._recorders = 0
         self._qmp: QmpConnection | None = None
         self._process: MachineProcess | None = None
+        self._starvation: StarvationWatch | None = None
         self._program = ""
         self._accel: accel.Accelerator | None = None
         self._link_up = True
@@ -220,6 +224,7 @@ class RecordedQEMUDriver(
         self._plans: dict[int, _Plan] = {}
         self._shutdown_reason = ""
         self._reset: QmpEvent | None = None
+        self._starved_watchdog = ""
         self._operations_at_reset = 0
         self._event_listeners: list[Callable[[QmpEvent], None]] = []
         self._cut_pending = False
@@ -356,6 +361,7 @@ class RecordedQEMUDriver(
         for path in sweep():
             self.logger.info("removed what a killed harness left: %s", path)
         self._run = RunDirectory.create()
+        self._starvation = StarvationWatch(lambda: self.pid)
         self._pump = ConsolePump(
             self.target.name,
             log_path=self._new_log(),
@@ -411,6 +417,8 @@ class RecordedQEMUDriver(
                     self._recorder.close()
             if self._pump is not None:
                 self._pump.close()
+            if self._starvation is not None:
+                self._starvation.stop()
             if self._run is not None:
                 self._run.remove()
         atexit.unregister(self.close)
@@ -461,6 +469,10 @@ class RecordedQEMUDriver(
             process.told.wait(_REAP_S)
         with self._lock:  # held while an end is handled
             return
+
+    def starved_s(self, since_monotonic_s: float) -> float:
+        """How long since then the host kept the machine (or its disks) from running, in seconds."""
+        return self._starvation.since(since_monotonic_s) if self._starvation is not None else 0.0
 
     def add_event_listener(self, listener: Callable[[QmpEvent], None]) -> Callable[[], None]:
         """Call `listener` for every QMP event, in the monitor's thread; it must not block.
@@ -665,6 +677,7 @@ class RecordedQEMUDriver(
         monitor, monitor_theirs = socket.socketpair()
         self._shutdown_reason = ""
         self._reset = None
+        self._starved_watchdog = ""
         self.power_lost.clear()
         process: MachineProcess | None = None
         try:
@@ -832,6 +845,8 @@ class RecordedQEMUDriver(
             finally:
                 pump.lost(loss.cause, drain_s=_DRAIN_S)
                 self.power_lost.set()
+        elif self._starved_watchdog:
+            self._fail(self._starved_watchdog)
         elif self._reset is not None:
             self._require_clean_reset(self._reset)
             self.resets += 1
@@ -880,6 +895,14 @@ class RecordedQEMUDriver(
                 self._process.signal_kill()
         elif name == "SHUTDOWN":
             self._shutdown_reason = str(data.get("reason", ""))
+        elif name == "WATCHDOG":
+            starved = self.starved_s(time.monotonic() - _WATCHDOG_S)
+            if starved > _WATCHDOG_S / 2:
+                # The guest's clock runs on while it may not: this says nothing about the product.
+                self._starved_watchdog = (
+                    f"the watchdog fired, but of the {_WATCHDOG_S:g} s before it the host kept "
+                    f"the machine from running for {starved:.1f} s"
+                )
         self.events.append(event)
         self._mark("qmp", f"{name} {json.dumps(data)}" if data else name)
         for listener in tuple(self._event_listeners):

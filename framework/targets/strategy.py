@@ -66,6 +66,8 @@ READY = Marker(
 )
 _KEY_INTERVAL_S = 0.1
 _QMP_TIMEOUT_S = 5.0
+#: By how much of itself a busy host may lengthen a budget; beyond that nothing is known.
+_MOST_EXTENSION = 2.0
 
 
 class Fate(enum.Enum):
@@ -317,22 +319,25 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
 
         `since` is the console position before what made it start; default: now. Returns as
         soon as it is READY with a boot id never seen before, is lost to a planned power cut or
-        loops; else when the budget (`boot_budget_s`) ends. Raises `InfrastructureError` if the
-        rig itself failed. With `adopt`, READY makes this the `ready` state, shell included;
-        without, the first `run` does.
+        loops; else when the budget (`boot_budget_s`, and what a busy host took of it) ends. Raises
+        `InfrastructureError` if the rig itself failed. With `adopt`, READY makes this the `ready`
+        state, shell included; without, the first `run` does.
         """
         budget = self.boot_budget_s if budget_s is None else budget_s
         start = self.pump.position if since is None else since
         began = time.monotonic()
         position = start
         while True:
-            left = budget - (time.monotonic() - began)
+            # What a busy host took from the machine is given back, within bounds.
+            granted = min(self._starved(began), _MOST_EXTENSION * budget)
+            left = budget + granted - (time.monotonic() - began)
             try:
                 # Short turns: a loop is noticed from the count of starts, which no line tells.
                 match = self.pump.wait_for(READY, max(0.0, min(left, 1.0)), position, deaths=False)
             except ConsoleTimeout:
                 if self._starts(start) >= self.loop_limit or left <= 0:
                     self._require_contact()
+                    self.require_host(began, _MOST_EXTENSION * budget)
                     outcome = self._outcome(self._judge(start), None, start, began)
                     break
                 continue
@@ -366,10 +371,12 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         if self.shell.state is not BindingState.active:
             raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
         generation = self.pump.generation
+        began = time.monotonic()
         try:
             lines, _, code = self.shell.run(command, timeout=timeout_s)
         except TIMEOUT as error:
             self._drop_shell()
+            self.require_host(began, timeout_s / 2)
             raise ConsoleTimeout(
                 f"end of {command!r}", timeout_s, tail=self.pump.tail(), log=self.pump.log_path
             ) from error
@@ -391,6 +398,20 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                 stdout=list(result.lines),
             )
         return result.text
+
+    def require_host(self, since: float, most_s: float) -> None:
+        """Raise InfrastructureError if a busy host kept the device from running for too long.
+
+        `since` (`time.monotonic`) is when the wait began; more than `most_s` seconds of it without
+        a processor, and a device that was late says nothing about the product.
+        """
+        starved = self._starved(since)
+        if starved > most_s:
+            raise InfrastructureError(
+                f"the host is too busy: of the last {time.monotonic() - since:.0f} s it kept the "
+                f"machine from running for {starved:.0f} s; run fewer things beside it",
+                evidence=self.pump.tail(),
+            )
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -526,6 +547,11 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         settle = getattr(self.power, "settle", None)
         if settle is not None:
             settle()
+
+    def _starved(self, since: float) -> float:
+        """How long the host kept the machine from running since then; 0 where nobody knows."""
+        starved_s = getattr(self.power, "starved_s", None)
+        return float(starved_s(since)) if starved_s is not None else 0.0
 
     def _lost(self, error: ConsoleLost) -> Exception:
         self._settle()

@@ -191,6 +191,26 @@ def test_a_qemu_killed_while_it_starts_is_told_as_such(
     assert driver.get() is False
 
 
+@pytest.mark.parametrize("starved_s", [0.0, 12.0])
+def test_a_watchdog_that_fires_on_a_starved_guest_is_the_hosts_doing(
+    uboot_machine: Make, monkeypatch: pytest.MonkeyPatch, starved_s: float
+) -> None:
+    """The guest's watchdog counts while the guest may not run."""
+    driver = uboot_machine()
+    driver.on()
+    to_prompt(driver)
+    monkeypatch.setattr(driver, "starved_s", lambda since: starved_s)
+    driver._take_event("WATCHDOG", {"action": "reset"}, time.time())
+    driver.monitor_command("system_reset")
+    if starved_s:
+        until(lambda: driver.failure is not None, 10, "failure")
+        assert "the host kept the machine from running for 12.0 s" in driver.failure
+    else:
+        until(lambda: driver.resets == 1, 10, "reset")
+        to_prompt(driver)
+        assert driver.failure is None
+
+
 def test_a_guest_reset_starts_afresh_on_the_same_disk(uboot_machine: Make) -> None:
     driver = uboot_machine()
     driver.on()
