@@ -90,6 +90,9 @@ class Machine(Protocol):
     def get(self) -> bool:
         """Whether it has power."""
 
+    def settle(self) -> None:
+        """Wait until an end that has begun is told: `power_loss` and `last_cut` say why."""
+
     def send(self, data: bytes) -> None:
         """Type something on the console, from any thread, without blocking."""
 
@@ -318,6 +321,7 @@ class Device:
 
     def power_went(self) -> None:
         """Witness a power cut: which operation, and what it left on the disk."""
+        self.machine.settle()
         cut = self.machine.last_cut
         if cut is None or self.machine.power_loss is None:
             raise InfrastructureError(

@@ -102,6 +102,9 @@ class Bench:
     def get(self) -> bool:
         return False
 
+    def settle(self) -> None:
+        pass
+
     def set_link(self, up: bool) -> None:
         with self.link_set:
             self.links.append(up)

@@ -257,6 +257,9 @@ class SimulatedMachine(Driver, PowerProtocol):  # type: ignore[misc]
         """Type something on the console; only Ctrl-C means anything, and only to a command."""
         self._interrupted = self._busy and _CTRL_C in data
 
+    def settle(self) -> None:
+        """Its ends take no time."""
+
     def set_link(self, up: bool) -> None:
         """There is no cable."""
         raise ExecutionError(f"{self}: has no network cable")
