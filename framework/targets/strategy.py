@@ -483,6 +483,10 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
     def _drop_shell(self) -> None:
         if self.shell.state is BindingState.active:
             self.target.deactivate(self.shell)
+        else:
+            # An activation that was cut short left it in the belief that it is logged in, and the
+            # next one would not define its `run` in the new system's shell.
+            self.shell.on_deactivate()
 
     def _rebooted(self) -> bool:
         """Whether a boot began since `ready`, on boards whose console outlives a reset."""

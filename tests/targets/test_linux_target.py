@@ -315,6 +315,27 @@ def test_a_killed_qemu_is_infrastructure_not_a_verdict(
 
 @emulated
 @slow
+def test_a_power_cut_while_the_shell_is_taken_leaves_one_that_works(
+    slots: SlotStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between labgrid's login and its preparation of the shell."""
+    inject = type(slots.shell)._inject_run
+
+    def cut(shell: Any) -> None:
+        monkeypatch.undo()
+        slots.power.cut()
+        inject(shell)
+
+    monkeypatch.setattr(type(slots.shell), "_inject_run", cut)
+    assert slots.boot(adopt=False).ready
+    with pytest.raises(ConsoleLost):
+        slots.run("true")
+    assert slots.boot().ready
+    assert slots.check("echo there") == "there"
+
+
+@emulated
+@slow
 def test_a_qemu_that_does_not_answer_is_infrastructure_not_silence(
     ready: SlotStrategy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
