@@ -48,6 +48,10 @@ def main(
 
         sys.stdout.write(TEXT)
         return EXIT_OK
+    if "install" in given or "daemon" in given:
+        from updater.device import ciphers  # noqa: PLC0415
+
+        ciphers.prefer_fast_ciphers()  # before anything else loads OpenSSL
     from updater.device.console import say  # noqa: PLC0415
     from updater.device.errors import (  # noqa: PLC0415
         InterruptedBySignal,

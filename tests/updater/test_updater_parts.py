@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from updater_artifacts import image_bytes
 
+from updater.artifact.errors import ArtifactIntegrityError
 from updater.device import process
 from updater.device.blockdev import DirectDevice, LinuxMachine
 from updater.device.config import Slot, load_config
@@ -555,6 +556,23 @@ def test_too_small_a_slot_is_refused_before_anything_is_written(tmp_path: Path) 
         SlotWriter(device, SLOT).write(Payload(bytes((1 << 20) + 1)))
     device.close()
     assert device.log == []
+
+
+def test_an_image_that_came_damaged_is_the_artifacts_fault_not_the_storages(
+    tmp_path: Path,
+) -> None:
+    """It is hashed only on the medium; what came is told from what was kept by another sum."""
+    content = image_bytes(CHUNK_BYTES * 2 + 5, 3)
+    path = slot_file(tmp_path)
+    device = DirectDevice(str(path))
+    writer, payload = SlotWriter(device, SLOT), Payload(content)
+    payload.sha256 = hashlib.sha256(b"another").hexdigest()
+    writer.write(payload)
+    writer.sync()
+    with pytest.raises(ArtifactIntegrityError, match="the artifact is damaged: its image has"):
+        writer.read_back(payload)
+    device.close()
+    assert path.read_bytes()[:HEAD_BYTES] == bytes(HEAD_BYTES)
 
 
 def test_a_difference_on_the_medium_is_found_and_the_slot_made_unloadable(tmp_path: Path) -> None:

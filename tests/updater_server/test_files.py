@@ -1,8 +1,10 @@
 """The artifact server speaks TLS only, resumes downloads, and serves nothing but artifacts."""
 
 import http.client
+import os
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +102,39 @@ def test_a_bad_key_is_one_clear_line(tmp_path: Path, pair: tuple[Path, Path]) ->
     (tmp_path / "key.pem").write_text("no key")
     with pytest.raises(ServerError, match=r"key\.pem: not a usable certificate and key"):
         ArtifactFileServer(tmp_path, pair[0], tmp_path / "key.pem")
+
+
+CHACHA_FIRST = """
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[1])
+context.check_hostname = False
+with socket.create_connection(("127.0.0.1", int(sys.argv[2]))) as plain:
+    with context.wrap_socket(plain) as secure:
+        print(secure.cipher()[0])
+"""
+ORDER = """openssl_conf = a
+[a]
+ssl_conf = b
+[b]
+system_default = c
+[c]
+Ciphersuites = TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384
+"""
+
+
+def test_the_client_chooses_the_cipher(
+    server: ArtifactFileServer, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Only the device knows what its processor is fast at."""
+    (tmp_path / "openssl.cnf").write_text(ORDER)
+    chosen = [
+        subprocess.run(
+            [sys.executable, "-c", CHACHA_FIRST, pair[0], str(server.port)],
+            env={**os.environ, **environment},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for environment in ({}, {"OPENSSL_CONF": str(tmp_path / "openssl.cnf")})
+    ]
+    assert chosen == ["TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"]

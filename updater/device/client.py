@@ -410,7 +410,7 @@ class Client:
                     )
                 self.ports.store.save(self._update)
                 if self._current().is_image:
-                    self.fill_slot(reader.payload)
+                    self.fill_slot(reader.unchecked_payload)
                 else:
                     self._fill_module(reader)
         except ArtifactError as error:

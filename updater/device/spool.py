@@ -126,7 +126,7 @@ class Spool:
             return
         self.append(held)
 
-    def append(self, data: bytes) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Add bytes; every few MiB they become durable."""
         if self._handle < 0 or self._digest is None:
             return
