@@ -4,7 +4,7 @@ The first 64 KiB (boot sector, ext4 superblock) are zeroed and synced before any
 back while the rest streams, and written only when everything after them is durable: until then
 no boot loader can load from the slot. Then the whole image is read back from the medium and its
 SHA-256 compared. That is the one time that it is hashed, which on a processor without instructions
-for it takes as long as all the rest; a CRC-32 of what came and of what was read back says whose
+for it takes as long as all the rest; a CRC-32 of what came, compared with what is there, says whose
 fault a difference is. Every write, sync and close that fails is fatal. Constant memory: one buffer.
 """
 
@@ -19,6 +19,7 @@ from updater.device.errors import SlotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Protocol
 
     from updater.device.config import Slot
@@ -84,13 +85,12 @@ class SlotWriter:
         Raises ArtifactIntegrityError if the image came like this, SlotError if the storage failed.
         """
         digest = hashlib.sha256()
-        crc = 0
-        for offset in range(0, payload.size, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, payload.size - offset)
-            self._device.read_medium(offset, self._buffer[: self._aligned(length)])
-            digest.update(self._buffer[:length])
-            crc = binascii.crc32(self._buffer[:length], crc)
+        for chunk in self._chunks(payload.size):
+            digest.update(chunk)
         if digest.hexdigest() != payload.sha256:
+            crc = 0
+            for chunk in self._chunks(payload.size):
+                crc = binascii.crc32(chunk, crc)
             self.invalidate()
             if crc == self._crc:
                 raise ArtifactIntegrityError(
@@ -102,6 +102,13 @@ class SlotWriter:
                 f" SHA-256 {digest.hexdigest()} instead of {payload.sha256}; the storage may be"
                 " failing"
             )
+
+    def _chunks(self, size_bytes: int) -> Iterator[memoryview]:
+        """What the medium holds, in pieces that are valid until the next."""
+        for offset in range(0, size_bytes, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, size_bytes - offset)
+            self._device.read_medium(offset, self._buffer[: self._aligned(length)])
+            yield self._buffer[:length]
 
     def _write_body(self, payload: Payload) -> bytes:
         """Write everything behind the head; return the head, padded to whole blocks."""
