@@ -366,13 +366,13 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         Raises `ConsoleLost` at once when power goes, `ConsoleDeath` when the system dies,
         `ConsoleTimeout` when it takes longer; none of them leaves a shell that looks usable.
         """
-        if self.shell.state is not BindingState.active and self._unadopted is not None:
-            self._adopt(self._unadopted)
-        if self.shell.state is not BindingState.active:
-            raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
         generation = self.pump.generation
         began = time.monotonic()
         try:
+            if self.shell.state is not BindingState.active and self._unadopted is not None:
+                self._adopt(self._unadopted)
+            if self.shell.state is not BindingState.active:
+                raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
             lines, _, code = self.shell.run(command, timeout=timeout_s)
         except TIMEOUT as error:
             self._drop_shell()

@@ -13,6 +13,7 @@ needs neither.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from updater.device.ports import Clock, Download
     from updater.device.spool import Spool
 
-# One read returns at most a TLS record (16 KiB); a larger buffer would lose what had arrived
-# when the connection breaks.
 _READ_BYTES = 64 * 1024
+_AT_ONCE_S = 0.02
+"""How long records are collected before they are handed on."""
 
 
 class FileOrHttpsTransport:
@@ -149,6 +150,7 @@ class _HttpsDownload:
         self._replay_at: int | None = None
         self._held: bytearray | None = None
         self._spooling = False
+        self._late: OSError | None = None
         self._sample = (clock.monotonic(), 0)
         self.identity = url
         self.refresh: Callable[[], str] | None = None
@@ -172,6 +174,7 @@ class _HttpsDownload:
     def close(self) -> None:
         """Drop the connection."""
         connection, self._connection, self._response = self._connection, None, None
+        self._late = None
         if connection is not None:
             connection.close()
 
@@ -277,7 +280,7 @@ class _HttpsDownload:
         assert self._response is not None
         assert self._total is not None
         limit = min(len(buffer), self._total - self._received, _READ_BYTES)
-        count = _read_into(self._response, buffer[:limit])
+        count = self._read_into(self._response, buffer[:limit])
         if not count:
             raise _BrokenError("the server closed the connection")
         self._received += count
@@ -285,6 +288,33 @@ class _HttpsDownload:
         self._keep(buffer[:count])
         self._check_pace()
         return count
+
+    def _read_into(self, response: http.client.HTTPResponse, buffer: memoryview) -> int:
+        """Read straight into `buffer`, as much of it as comes at once; 0 at the response's end.
+
+        One receive brings one TLS record, at most 16 KiB, and on a small processor all that is done
+        with it costs more than itself; so do `read1`'s new objects. A slow server isn't waited for.
+        """
+        if self._late is not None:
+            raise self._late
+        if response.chunked or response.length is None:
+            data = response.read1(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        buffer = buffer[: response.length]
+        got = 0
+        until = time.monotonic() + _AT_ONCE_S
+        try:
+            while got < len(buffer) and (count := response.fp.readinto1(buffer[got:])):
+                got += count
+                if time.monotonic() >= until:
+                    break
+        except OSError as error:
+            if not got:
+                raise
+            self._late = error  # what came before it is good
+        response.length -= got
+        return got
 
     def _check_pace(self) -> None:
         """Leave a server that only trickles: each stall period must bring some bytes."""
@@ -442,21 +472,6 @@ def retry_after(response: http.client.HTTPResponse) -> float:
             return 0.0
         return max(0.0, at - time.time())
     return 0.0
-
-
-def _read_into(response: http.client.HTTPResponse, buffer: memoryview) -> int:
-    """Read what one receive brings straight into `buffer`; 0 at the response's end.
-
-    `read1` makes a new object of the whole size for each TLS record: on a small processor that
-    costs more than the bytes themselves.
-    """
-    if response.chunked or response.length is None:
-        data = response.read1(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-    count = response.fp.readinto1(buffer[: response.length]) if response.length else 0
-    response.length -= count
-    return count
 
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
