@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.judges.static import StaticOracle
-from framework.explore.layout import Layout, Role
+from framework.explore.layout import Role
 from framework.explore.states import CrashClass, Disks, Span
 from framework.explore.timeline import Timeline
 from framework.verdict import BootEnvironment, Event, SlotState, Verdict
@@ -26,7 +26,7 @@ class BulkOracle(StaticOracle):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._glimpses = Glimpses(context.journal, _hulls(context.layout))
+        self._glimpses = Glimpses(context.journal, context.layout.hulls(Role.ENVIRONMENT))
         regions = context.layout.all_regions()
         self._environment_at = [i for i, r in enumerate(regions) if r.role is Role.ENVIRONMENT]
         self._slots_at = [i for i, r in enumerate(regions) if r.role is Role.SLOT]
@@ -67,18 +67,6 @@ class BulkOracle(StaticOracle):
             number = self._numbers.setdefault(question, len(self._numbers))
             self._questions[facts] = number
         return number
-
-
-def _hulls(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Of each device that has some of the environment, the part that holds it all."""
-    found: dict[str, tuple[int, int]] = {}
-    for region in layout.all_regions():
-        if region.role is Role.ENVIRONMENT:
-            for part in region.ranges:
-                begin, length = found.get(part.device, (part.offset, part.length))
-                first, end = min(begin, part.offset), max(begin + length, part.end)
-                found[part.device] = (first, end - first)
-    return found
 
 
 def phases_of(crash_class: CrashClass, timeline: Timeline) -> Iterator[tuple[Span, int]]:

@@ -3,7 +3,7 @@
 Invariant 5. What the device does to it before it mounts it is done here, too (`Repair`). A distinct
 content is checked on one member of a class that has it; what must be intact depends on the phase (a
 file counts from when its sync was acknowledged), so files are read once and compared a phase at a
-time. Cost: an export of what the partition holds, two runs of e2fsck: some 20 ms.
+time. Cost: an export of what the partition holds and a run of e2fsck: 7 ms of one core.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from framework.disk import check_ext4
+from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.layout import Role
-from framework.explore.states import CrashClass, CrashState
+from framework.explore.states import CrashClass, CrashState, Disks
 from framework.verdict import DataChecked
 
 
@@ -43,6 +44,7 @@ class DataJudge:
         self, context: Context, checked: dict[tuple[str, ...], DataContent] | None = None
     ) -> None:
         self.context = context
+        self._glimpses = Glimpses(context.journal, context.layout.hulls(Role.DATA))
         self._regions = [r for r in context.layout.all_regions() if r.role is Role.DATA]
         every = len(context.timeline.steps)
         self.paths = sorted({f.path for f in context.timeline.synced(every)})
@@ -66,7 +68,7 @@ class DataJudge:
         """Check a state's data partitions. Raises DiskError if e2fsck is missing or doesn't end."""
         clean, words, plain = True, "", True
         digests: dict[str, str | None] = dict.fromkeys(self.paths)
-        with state.disks(self.context.journal) as disks:
+        with Disks(self._glimpses.disks(state.decision, state.operation)) as disks:
             for region in self._regions:
                 part = region.ranges[0]
                 found = check_ext4(
