@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import define, evolve, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -65,6 +65,7 @@ EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
 EXIT_DISAGREEMENT: Final = 3
 MAX_BUNDLES: Final = 20
+MAX_LEFT: Final = 5
 ALL_MODELS: Final = "all"
 RESTART: Final = "sync; reboot -f"
 
@@ -293,6 +294,7 @@ def _explore_one(
     runs: list[Run] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(_spinner(console))
+        context = evolve(context, views=BrownoutUpdater.data_views)
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
         if wish.bounds.deep:
             retries = stack.enter_context(serve_retries(facts, rig))
@@ -432,6 +434,7 @@ def summary(
         code = EXIT_VIOLATIONS
     if disagreements:
         code = EXIT_DISAGREEMENT
+    depth_two = [asdict(run.found.depth_two) for run in runs if run.found.depth_two]
     return {
         "recording": str(recording.path),
         "rig": recording.facts.get("rig"),
@@ -469,6 +472,8 @@ def summary(
         ],
         "disagreements": [b.disagreement for b in disagreements],
         "deep": [_deep_row(one, run, wish) for run in runs for one in run.found.deep],
+        "depth_two": depth_two,
+        "depth_two_told": depth_two_texts(depth_two),
         "bundles": bundles,
         "exit_code": code,
     }
@@ -479,6 +484,7 @@ def _deep_row(one: DeepResult, run: Run, wish: Wish) -> dict[str, Any]:
     blamed = [v for v in one.violations if not excuse(run, v, wish)]
     return {
         "class": one.crash_class.key[:8],
+        "members": one.members,
         "recovery": one.booted.did,
         "retried": one.retried,
         "states": counts.states,
@@ -523,6 +529,8 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
     console.print(table)
     if result["deep"]:
         console.print(_deep_table(result["deep"]))
+    for told in result["depth_two_told"]:
+        console.print(told, highlight=False)
     _print_lines(
         console,
         (
@@ -568,13 +576,14 @@ def _print_lines(console: Console, lines: Iterable[tuple[str, int, str]]) -> Non
 def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each recovery came to that was cut again."""
     table = Table(title="Depth two: recoveries that were cut again")
-    for name in ("Class", "Recovery", "Tried again", "States", "By product", "Classes"):
+    for name in ("Class", "For", "Recovery", "Tried again", "States", "By product", "Classes"):
         table.add_column(name, justify="left" if name in ("Recovery", "Tried again") else "right")
     for name in ("Violations", "Excused", "Data not checked"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["class"],
+            f"{row['members']:,}",
             row["recovery"],
             row["retried"],
             f"{row['states']:,}",
@@ -582,6 +591,32 @@ def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *(f"{row[key]:,}" for key in ("classes", "violations", "excused", "data_unchecked")),
         )
     return table
+
+
+def depth_two_texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What depth two covered, and what it did not."""
+    texts = []
+    for row in rows:
+        texts.append(
+            f"depth two: {row['classes']:,} classes recover in {row['keys']:,} ways; of each of "
+            f"{row['booted']:,}, which stand for {row['covered']:,} classes, one was booted and "
+            f"cut again; {row['controls']:,} control samples; the update tried again from "
+            f"{row['retried']:,} distinct ends"
+        )
+        if row["unknown"]:
+            texts.append(
+                f"depth two: not known how {row['unknown']:,} classes recover, "
+                "as their data partitions were not checked"
+            )
+        left = row["left"]
+        if left:
+            texts.append(
+                f"depth two: not booted: {len(left):,} ways, {sum(n for _, n in left):,} classes"
+            )
+        texts += [f"  {count:,} classes: {key}" for key, count in left[:MAX_LEFT]]
+        if len(left) > MAX_LEFT:
+            texts.append(f"  and {len(left) - MAX_LEFT:,} more (all with --json)")
+    return texts
 
 
 def coverage_table(rows: Sequence[Coverage]) -> Table:

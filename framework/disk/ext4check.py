@@ -55,7 +55,7 @@ class Ext4Check:
     `replayed`: its journal had something to replay. `output`: e2fsck's words, for people.
     `files`: the content of the files asked for, None for one that is missing or unreadable.
     `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
-    many ranges can't be read.
+    many ranges can't be read. `tree`: all files, if they were asked for and can be read.
     """
 
     clean: bool
@@ -64,6 +64,7 @@ class Ext4Check:
     files: Mapping[str, bytes | None]
     mended: bool = False
     unreadable: int = 0
+    tree: Mapping[str, bytes | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -202,6 +203,16 @@ class Ext4Image:
         finally:
             source.close()
 
+    def everything(self) -> dict[str, bytes | None] | None:
+        """See `ExtReader.everything`; None where there is no reading it."""
+        source = _ImageFile(self.path)
+        try:
+            return ExtReader(source, 0, self._length).everything()
+        except DiskError:
+            return None
+        finally:
+            source.close()
+
 
 def check_ext4(
     disk: LazyDisk,
@@ -210,11 +221,13 @@ def check_ext4(
     *,
     read: Sequence[str] = (),
     repair: Repair | None = None,
+    everything: bool = False,
 ) -> Ext4Check:
     """Check a partition as a device's start leaves it, and read files of it afterwards.
 
-    `repair`: what the device does to it before it mounts it. Raises DiskError if e2fsck is missing
-    or does not end, or there is no room for the export.
+    `everything`: all of them, for `Ext4Check.tree`. `repair`: what the device does to it before it
+    mounts it. Raises DiskError if e2fsck is missing or does not end, or there is no room for the
+    export.
     """
     with Ext4Image(disk, offset, length) as image:
         clean, replayed, output, mended = image.recover(repair)
@@ -224,10 +237,11 @@ def check_ext4(
                 files[path] = image.read_file(path)
             except LayoutError:
                 files[path] = None
+        tree = image.everything() if everything else None
         holes = disk.unreadable(offset, length)
         if holes:
             output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
-        return Ext4Check(clean, replayed, output, files, mended, len(holes))
+        return Ext4Check(clean, replayed, output, files, mended, len(holes), tree)
 
 
 def _e2fsck(path: Path, *options: str) -> tuple[int, str]:

@@ -21,6 +21,7 @@ _INLINE_FLAG: Final = 0x10000000
 _MAX_FILE: Final = 256 << 20
 _MAX_DIRECTORY: Final = 8 << 20
 _MAX_DEPTH: Final = 5
+_MAX_ENTRIES: Final = 100_000
 _INCOMPAT_UNREADABLE: Final = 0x10000 | 0x1 | 0x10  # encryption, compression, meta_bg
 
 
@@ -109,6 +110,41 @@ class ExtReader:
         """The names in a directory, sorted; raises LayoutError."""
         inode = self._lookup(path)
         return sorted(name for name, _ in self._entries(inode, path) if name not in (".", ".."))
+
+    def everything(self) -> dict[str, bytes | None]:
+        """All files by path, directories with a slash at the end and no content.
+
+        None for what can't be read, or is neither. Raises LayoutError if there is no root
+        directory, or more than can be read.
+        """
+        found: dict[str, bytes | None] = {}
+        seen: set[int] = set()
+        waiting = [("/", 2)]
+        room = _MAX_FILE
+        while waiting:
+            folder, number = waiting.pop()
+            for name, inner in self._entries(self._inode(number), folder):
+                if name in (".", ".."):
+                    continue
+                if len(found) >= _MAX_ENTRIES:
+                    raise self._wrong(f"more than {_MAX_ENTRIES} files")
+                path = folder + name
+                try:
+                    inode = self._inode(inner)
+                    kind = struct.unpack_from("<H", inode)[0] & 0xF000
+                    if kind == 0x4000:
+                        next(iter(self._entries(inode, path)), None)  # readable at all
+                        found[path + "/"] = b""
+                        if inner not in seen:
+                            waiting.append((path + "/", inner))
+                        seen.add(inner)
+                        continue
+                    content = self._content(inode, room, path) if kind == 0x8000 else None
+                except DiskError:
+                    content = None
+                found[path] = content
+                room -= len(content or b"")
+        return found
 
     def place_of(self, path: str, at: int) -> int:
         """Where byte `at` of a file is stored, from the partition's start.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.judges.static import StaticOracle
-from framework.explore.layout import Role
+from framework.explore.layout import EnvironmentReading, Role
 from framework.explore.states import CrashClass, Disks, Span
 from framework.explore.timeline import Timeline
 from framework.verdict import BootEnvironment, Event, SlotState, Verdict
@@ -30,21 +30,25 @@ class BulkOracle(StaticOracle):
         regions = context.layout.all_regions()
         self._environment_at = [i for i, r in enumerate(regions) if r.role is Role.ENVIRONMENT]
         self._slots_at = [i for i, r in enumerate(regions) if r.role is Role.SLOT]
-        self._environments_by_content: dict[tuple[str, ...], BootEnvironment] = {}
+        self._readings: dict[tuple[str, ...], EnvironmentReading] = {}
         self._questions: dict[tuple[object, ...], int] = {}
         self._numbers: dict[Question, int] = {}
         self._verdicts: dict[tuple[int, int, tuple[Event, ...]], Verdict] = {}
 
-    def environment(self, crash_class: CrashClass) -> BootEnvironment:
-        """The boot environment of a class, as its bootloader reads it."""
+    def reading(self, crash_class: CrashClass) -> EnvironmentReading:
+        """The variables and copies that a class's bootloader finds."""
         key = tuple(f.content for f in crash_class.facts if f.role is Role.ENVIRONMENT)
-        found = self._environments_by_content.get(key)
+        found = self._readings.get(key)
         if found is None:
             state = crash_class.representative
             with Disks(self._glimpses.disks(state.decision, state.operation)) as disks:
-                found = self.context.layout.boot(disks)
-            self._environments_by_content[key] = found
+                found = self.context.layout.environment(disks)
+            self._readings[key] = found
         return found
+
+    def environment(self, crash_class: CrashClass) -> BootEnvironment:
+        """The boot environment of a class, as its bootloader reads it."""
+        return self.context.layout.vocabulary.reduce(self.reading(crash_class))
 
     def judge(self, crash_class: CrashClass, phase: int, *further: Event) -> Verdict:
         """The verdict on a class in a phase; `further` is what a dearer judge saw."""
