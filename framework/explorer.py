@@ -298,7 +298,7 @@ def _explore_one(
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
         if wish.bounds.deep:
             retries = stack.enter_context(serve_retries(facts, rig))
-            examiner.deeper = Deeper(_models_below(facts), retries=retries)
+            examiner.deeper = deeper_for(facts, retries)
         for models in _by_honesty(models_for(wish, facts)):
             exploration = examiner.explore(
                 models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
@@ -311,11 +311,16 @@ def _explore_one(
     return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
 
 
-def _models_below(facts: Mapping[str, Any]) -> tuple[CacheModel, ...]:
-    """The cache models of the second cut."""
-    if _on_card(facts):
-        return tuple(model_from(name) for name in ALL_ON_CARD)
-    return Deeper().models
+def deeper_for(facts: Mapping[str, Any], retries: Mapping[str, Retry]) -> Deeper:
+    """How a recording's recoveries are cut again."""
+    if not _on_card(facts):
+        return Deeper(retries=retries)
+    models = [model_from(name) for name in ALL_ON_CARD]
+    return Deeper(
+        models=tuple(m for m in models if m.name not in DISHONEST),
+        apart=tuple(m for m in models if m.name in DISHONEST),
+        retries=retries,
+    )
 
 
 def excuse(run: Run, violation: Violation | DeepViolation, wish: Wish) -> str:
@@ -480,16 +485,16 @@ def summary(
 
 
 def _deep_row(one: DeepResult, run: Run, wish: Wish) -> dict[str, Any]:
-    counts = one.exploration.counts
+    counts = [exploration.counts for exploration in one.explorations]
     blamed = [v for v in one.violations if not excuse(run, v, wish)]
     return {
         "class": one.crash_class.key[:8],
         "members": one.members,
         "recovery": one.booted.did,
         "retried": one.retried,
-        "states": counts.states,
-        "product_states": counts.product_states,
-        "classes": counts.classes,
+        "states": sum(c.states for c in counts),
+        "product_states": sum(c.product_states for c in counts),
+        "classes": sum(c.classes for c in counts),
         "violations": len(blamed),
         "excused": len(one.violations) - len(blamed),
         "data_unchecked": one.unchecked,

@@ -8,7 +8,10 @@ environment, only the sectors of its regions are looked up.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+
+from attrs import evolve
 
 from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
@@ -34,6 +37,13 @@ class BulkOracle(StaticOracle):
         self._questions: dict[tuple[object, ...], int] = {}
         self._numbers: dict[Question, int] = {}
         self._verdicts: dict[tuple[int, int, tuple[Event, ...]], Verdict] = {}
+
+    def owing(self, timeline: Timeline) -> BulkOracle:
+        """The same for other promises; what stands on the disks is not asked again."""
+        other = copy.copy(self)
+        other.context = evolve(self.context, timeline=timeline)
+        other._verdicts = {}
+        return other
 
     def reading(self, crash_class: CrashClass) -> EnvironmentReading:
         """The variables and copies that a class's bootloader finds."""

@@ -72,11 +72,15 @@ class Deeper:
 
     Attributes:
         models: cache models of the second cut.
+        apart: further ones, of devices that break their promises. They are explored apart: a class
+            is reached by any of the models that it is explored under, and what breaks without a
+            lie must not pass for a lie's.
         retries: by artifact, how to try its update again; empty: nothing is tried again.
         exhaustive_up_to, samples: as `engine.explore` takes them.
     """
 
     models: tuple[CacheModel, ...] = (PrefixCache(), VolatileCache())
+    apart: tuple[CacheModel, ...] = ()
     retries: Mapping[str, Retry] = field(factory=dict)
     exhaustive_up_to: int = 10
     samples: int = 300
@@ -110,7 +114,8 @@ class DeepResult:
     Attributes:
         crash_class: the class at depth one.
         booted: its recovery.
-        exploration: of the recovery's journal.
+        explorations: of the recovery's journal: as of devices that keep their promises, and of
+            others if they were asked for.
         violations: what broke, over all phases of the class.
         retried: what came of the update tried again; empty: none was.
         unchecked: distinct data partitions that were not checked, for their number.
@@ -120,7 +125,7 @@ class DeepResult:
 
     crash_class: CrashClass
     booted: Booted
-    exploration: Exploration
+    explorations: tuple[Exploration, ...]
     violations: tuple[DeepViolation, ...]
     retried: str = ""
     unchecked: int = 0
@@ -146,13 +151,13 @@ def cut_again(  # noqa: PLR0917 - who, what, when, where, how
     retry = _retry_of(context.timeline, phases, deeper.retries)
     with _recovering(judge, ears, crash_class, place, retry, ends) as (recovery, booted, journal):
         first = crash_class.representative
-        exploration, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
+        explored, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
         if broken := recovery.not_converged(context):
             found += _never_converged(context, journal, first, phases, broken)
         return DeepResult(
             crash_class,
             booted,
-            exploration,
+            explored,
             tuple(found),
             recovery.retried,
             unchecked,
@@ -330,35 +335,52 @@ def judge_recovery(
     first: CrashState,
     phases: Sequence[int],
     deeper: Deeper,
-) -> tuple[Exploration, list[DeepViolation], int]:
+) -> tuple[tuple[Exploration, ...], list[DeepViolation], int]:
     """All cuts of a recovery's journal, which begins with the state `first`.
 
     Judged in each of the phases in which the first cut is possible. Returns what was explored, what
     broke, and how many distinct data partitions were left out.
     """
-    exploration = explore(
-        journal,
-        context.layout,
-        deeper.models,
-        exhaustive_up_to=deeper.exhaustive_up_to,
-        samples=deeper.samples,
-    )
-    recovery = read_timeline(journal.marks)
     inner = evolve(context, journal=journal)
     data = DataJudge(inner)
     unchecked: set[tuple[str, ...]] = set()
-    for crash_class in exploration.classes:
-        if len(data.checked) < DATA_LIMIT:
-            data.check(crash_class)
-        elif data.key(crash_class) not in data.checked:
-            unchecked.add(data.key(crash_class))
+    explored: list[Exploration] = []
     found: list[DeepViolation] = []
+    for models in filter(None, (deeper.models, deeper.apart)):
+        exploration = explore(
+            journal,
+            context.layout,
+            models,
+            exhaustive_up_to=deeper.exhaustive_up_to,
+            samples=deeper.samples,
+        )
+        explored.append(exploration)
+        for crash_class in exploration.classes:
+            if len(data.checked) < DATA_LIMIT:
+                data.check(crash_class)
+            elif data.key(crash_class) not in data.checked:
+                unchecked.add(data.key(crash_class))
+        found += _broken(inner, exploration.classes, data, first, phases)
+    return tuple(explored), found, len(unchecked)
+
+
+def _broken(
+    context: Context,
+    classes: Sequence[CrashClass],
+    data: DataJudge,
+    first: CrashState,
+    phases: Sequence[int],
+) -> Iterator[DeepViolation]:
+    """What breaks in classes of depth two. `context`: with the recovery's journal."""
+    journal = context.journal
+    recovery = read_timeline(journal.marks)
+    asked_before = BulkOracle(context)
     packed = b""
     for phase in phases:
         timeline = _owed(context.timeline, phase, recovery)
-        then = evolve(inner, timeline=timeline)
-        oracle, then_data = BulkOracle(then), DataJudge(then, data.checked)
-        for crash_class in exploration.classes:
+        oracle = asked_before.owing(timeline)
+        then_data = DataJudge(oracle.context, data.checked)
+        for crash_class in classes:
             told: set[int] = set()
             for span, later in phases_of(crash_class, timeline):
                 checked = then_data.seen(crash_class, later)
@@ -369,18 +391,15 @@ def judge_recovery(
                     told.add(finding.invariant)
                     packed = packed or _packed(journal)
                     latest = later == timeline.phase_at(span.last_sequence - 1)
-                    found.append(
-                        DeepViolation(
-                            finding.invariant,
-                            finding.evidence,
-                            phase,
-                            first,
-                            span.latest if latest else span.earliest,
-                            packed,
-                            timeline.describe(later),
-                        )
+                    yield DeepViolation(
+                        finding.invariant,
+                        finding.evidence,
+                        phase,
+                        first,
+                        span.latest if latest else span.earliest,
+                        packed,
+                        timeline.describe(later),
                     )
-    return exploration, found, len(unchecked)
 
 
 def _owed(before: Timeline, phase: int, recovery: Timeline) -> Timeline:
