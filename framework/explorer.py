@@ -448,6 +448,7 @@ def summary(
         "states": sum(c.states for c in counts),
         "product_states": sum(c.product_states for c in counts),
         "classes": sum(c.classes for c in counts),
+        "classes_not_judged": sum(c.unkept for c in counts),
         "index_seconds": round(sum(c.index_seconds for c in counts), 3),
         "explore_seconds": round(sum(c.seconds for c in counts), 3),
         "seconds": round(seconds, 3),
@@ -562,6 +563,9 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
         console.print(f"[magenta]DISAGREEMENT[/] {text}")
     for bundle in result["bundles"]:
         console.print(f"bundle: {bundle}")
+    if result["classes_not_judged"]:
+        left = result["classes_not_judged"]
+        console.print(f"[yellow]{left:,} classes were only counted, and judged by nobody[/]")
     total = sum(row["count"] for row in result["violations"] if row["counts"])
     console.print(
         f"{result['states']:,} distinct states visited"

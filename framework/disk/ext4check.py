@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -147,7 +146,8 @@ class Ext4Image:
 
     def _remove(self) -> None:
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self.path.unlink(missing_ok=True)
+            self._directory.rmdir()
             self._directory = None
 
     def recover(self, repair: Repair | None = None) -> tuple[bool, bool, str, bool]:

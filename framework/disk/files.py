@@ -166,9 +166,14 @@ class ExtReader:
         return LayoutError(self._source.name, self._offset, reason)
 
     def _block(self, number: int) -> bytes:
-        if (number + 1) * self._block_size > self._length:
-            raise self._wrong(f"block {number} is beyond the file system's end")
-        return self._source.read(self._offset + number * self._block_size, self._block_size)
+        return self._stored(number, 1)
+
+    def _stored(self, number: int, count: int) -> bytes:
+        """Blocks that lie behind one another."""
+        if (number + count) * self._block_size > self._length:
+            raise self._wrong(f"block {number + count - 1} is beyond the file system's end")
+        at, length = number * self._block_size, count * self._block_size
+        return self._source.read(self._offset + at, length)
 
     def _lookup(self, path: str) -> bytes:
         inode = self._inode(2)
@@ -213,8 +218,15 @@ class ExtReader:
             raise self._wrong(f"{path}: {size} bytes are more than {limit}")
         count = -(-size // self._block_size)
         blocks = self._blocks(inode, count, path)
-        hole = bytes(self._block_size)
-        pieces = [self._block(blocks[i]) if blocks.get(i) else hole for i in range(count)]
+        pieces = []
+        at = 0
+        while at < count:
+            first = blocks.get(at, 0)
+            run = 1  # blocks that are stored behind one another
+            while at + run < count and blocks.get(at + run, 0) == (first + run if first else 0):
+                run += 1
+            pieces.append(self._stored(first, run) if first else bytes(run * self._block_size))
+            at += run
         return b"".join(pieces)[:size]
 
     def _size(self, inode: bytes) -> int:
