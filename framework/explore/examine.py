@@ -519,9 +519,9 @@ class _Work:
             jobs += controls
             for done, _ in enumerate(_each(one, jobs, self.examiner.workers, place.stop), 1):
                 self.examiner.progress.judging(DEPTH_TWO, done, len(jobs))
+            compared = [self._compare(judge, place, results[n], b, t) for n, b, t in seen]
         self.found.deep += [results[number] for number in sorted(results)]
-        boots = [result.booted for result in self.found.deep]
-        boots += [_compare_traces(results[n], booted, trace) for n, booted, trace in seen]
+        boots = [*(result.booted for result in self.found.deep), *compared]
         differing = [booted for booted in boots if booted.disagreement]
         self.found.disagreements += differing
         self.found.depth_two = DepthTwo(
@@ -547,14 +547,28 @@ class _Work:
             )
         )
 
+    def _compare(
+        self,
+        judge: ColdBootJudge,
+        place: Workplace,
+        result: DeepResult,
+        booted: Booted,
+        trace: Trace,
+    ) -> Booted:
+        """A control sample disagrees if it did otherwise than the class that stands for it.
 
-def _compare_traces(result: DeepResult, booted: Booted, trace: Trace) -> Booted:
-    """A control sample disagrees if it did otherwise than the class that stands for it."""
-    differs = result.trace.differs(trace)
-    if not differs or booted.disagreement:
-        return booted
-    text = f"two classes of one recovery key recover differently: {differs}"
-    return evolve(booted, disagreement=f"{text} ({result.crash_class.representative})")
+        Then both are booted once more: on a busy host a guest's watchdog can bite.
+        """
+        if booted.disagreement or not result.trace.differs(trace):
+            return booted
+        ears = self.examiner.ears
+        _, first = follow(judge, ears, result.crash_class, place)
+        booted, second = follow(judge, ears, booted.crash_class, place)
+        differs = first.differs(second)
+        if not differs or booted.disagreement:
+            return booted
+        text = f"two classes of one recovery key recover differently: {differs}"
+        return evolve(booted, disagreement=f"{text} ({result.crash_class.representative})")
 
 
 def _damaged_data(crash_class: CrashClass) -> bool:
