@@ -42,11 +42,14 @@ scenarios: images
 night: images setup-tests
 	$(PYTEST) tests --ignore tests/planted -m night
 	.venv/bin/brownout simulate --lifetimes 100000 --single --double kept --double torn
+	$(MAKE) explore DEEP=all
 	@for rig in rigs/qemu-*.yaml; do \
 		$(PYTEST) scenarios tests/planted --lg-env $$rig --alluredir build/night || exit 1; \
 	done
 
-# Record install + commit + rollback on all three targets and cut the recordings everywhere.
+# Record install + commit + rollback on all three targets and cut the recordings everywhere. DEEP:
+# how many distinct recoveries a target are cut again, or `all` (more than an hour).
+DEEP ?= 8
 explore: images
 	@for target in $(TARGETS); do \
 		.venv/bin/brownout record --rig rigs/$$target.yaml \
@@ -55,7 +58,7 @@ explore: images
 	.venv/bin/brownout explore $(TARGETS:%=build/explore/%.recording) \
 		--exhaustive-up-to 10 --samples 300 \
 		--judge static --judge data --judge mount --judge uboot --judge coldboot \
-		--data-checks 3000 --mounts 40 --decisions 60 --cold-boots 14 --deep 6 \
+		--data-checks all --mounts 40 --decisions 60 --cold-boots 14 --deep $(DEEP) \
 		--report build/explore/report.html
 
 # Random compositions of faults on two rigs for a night (MINUTES=480); the same command goes on.

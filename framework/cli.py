@@ -19,7 +19,7 @@ from framework.campaign import BundleError, CampaignError
 from framework.campaign.models import CACHE_MODELS
 from framework.demo import DemoError, run_demo
 from framework.disk import MODELS, DiskError
-from framework.explore.examine import Bounds
+from framework.explore.examine import EVERY, Bounds
 from framework.explore.recording import SUFFIX
 from framework.explorer import (
     JUDGES,
@@ -81,6 +81,15 @@ def _bases(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dic
             raise click.BadParameter(f"{text!r} is not like vda=PATH")
         bases[name] = Path(path)
     return bases
+
+
+def _how_many(_: click.Context, parameter: click.Parameter, given: str) -> int:
+    """A number, or `all`."""
+    if given == "all":
+        return EVERY
+    if not given.isascii() or not given.isdigit():
+        raise click.BadParameter(f"{given!r} is neither a number nor `all`", param=parameter)
+    return min(int(given), EVERY)
 
 
 def _accepted(
@@ -191,9 +200,10 @@ def record(
 )
 @click.option(
     "--data-checks",
-    type=click.IntRange(0),
-    default=2000,
+    default="2000",
     show_default=True,
+    callback=_how_many,
+    metavar="N|all",
     help="most distinct data partitions that are checked",
 )
 @click.option("--mounts", type=click.IntRange(0), default=100, show_default=True)
@@ -201,11 +211,11 @@ def record(
 @click.option("--cold-boots", type=click.IntRange(0), default=20, show_default=True)
 @click.option(
     "--deep",
-    type=click.IntRange(0),
-    default=0,
+    default="0",
     show_default=True,
-    metavar="N",
-    help="cut the recoveries of N classes again (depth two), and the update tried again after it",
+    callback=_how_many,
+    metavar="N|all",
+    help="cut again (depth two) what N distinct recoveries write, and the update tried again after",
 )
 @click.option(
     "--output",

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import define, evolve, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -65,6 +65,7 @@ EXIT_CLEAN: Final = 0
 EXIT_VIOLATIONS: Final = 1
 EXIT_DISAGREEMENT: Final = 3
 MAX_BUNDLES: Final = 20
+MAX_LEFT: Final = 5
 ALL_MODELS: Final = "all"
 RESTART: Final = "sync; reboot -f"
 
@@ -293,10 +294,11 @@ def _explore_one(
     runs: list[Run] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(_spinner(console))
+        context = evolve(context, views=BrownoutUpdater.data_views)
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
         if wish.bounds.deep:
             retries = stack.enter_context(serve_retries(facts, rig))
-            examiner.deeper = Deeper(_models_below(facts), retries=retries)
+            examiner.deeper = deeper_for(facts, retries)
         for models in _by_honesty(models_for(wish, facts)):
             exploration = examiner.explore(
                 models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples
@@ -309,11 +311,16 @@ def _explore_one(
     return runs, summary(recording, runs, bundles, wish, time.monotonic() - began)
 
 
-def _models_below(facts: Mapping[str, Any]) -> tuple[CacheModel, ...]:
-    """The cache models of the second cut."""
-    if _on_card(facts):
-        return tuple(model_from(name) for name in ALL_ON_CARD)
-    return Deeper().models
+def deeper_for(facts: Mapping[str, Any], retries: Mapping[str, Retry]) -> Deeper:
+    """How a recording's recoveries are cut again."""
+    if not _on_card(facts):
+        return Deeper(retries=retries)
+    models = [model_from(name) for name in ALL_ON_CARD]
+    return Deeper(
+        models=tuple(m for m in models if m.name not in DISHONEST),
+        apart=tuple(m for m in models if m.name in DISHONEST),
+        retries=retries,
+    )
 
 
 def excuse(run: Run, violation: Violation | DeepViolation, wish: Wish) -> str:
@@ -432,6 +439,7 @@ def summary(
         code = EXIT_VIOLATIONS
     if disagreements:
         code = EXIT_DISAGREEMENT
+    depth_two = [asdict(run.found.depth_two) for run in runs if run.found.depth_two]
     return {
         "recording": str(recording.path),
         "rig": recording.facts.get("rig"),
@@ -440,6 +448,7 @@ def summary(
         "states": sum(c.states for c in counts),
         "product_states": sum(c.product_states for c in counts),
         "classes": sum(c.classes for c in counts),
+        "classes_not_judged": sum(c.unkept for c in counts),
         "index_seconds": round(sum(c.index_seconds for c in counts), 3),
         "explore_seconds": round(sum(c.seconds for c in counts), 3),
         "seconds": round(seconds, 3),
@@ -469,21 +478,24 @@ def summary(
         ],
         "disagreements": [b.disagreement for b in disagreements],
         "deep": [_deep_row(one, run, wish) for run in runs for one in run.found.deep],
+        "depth_two": depth_two,
+        "depth_two_told": depth_two_texts(depth_two),
         "bundles": bundles,
         "exit_code": code,
     }
 
 
 def _deep_row(one: DeepResult, run: Run, wish: Wish) -> dict[str, Any]:
-    counts = one.exploration.counts
+    counts = [exploration.counts for exploration in one.explorations]
     blamed = [v for v in one.violations if not excuse(run, v, wish)]
     return {
         "class": one.crash_class.key[:8],
+        "members": one.members,
         "recovery": one.booted.did,
         "retried": one.retried,
-        "states": counts.states,
-        "product_states": counts.product_states,
-        "classes": counts.classes,
+        "states": sum(c.states for c in counts),
+        "product_states": sum(c.product_states for c in counts),
+        "classes": sum(c.classes for c in counts),
         "violations": len(blamed),
         "excused": len(one.violations) - len(blamed),
         "data_unchecked": one.unchecked,
@@ -523,6 +535,8 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
     console.print(table)
     if result["deep"]:
         console.print(_deep_table(result["deep"]))
+    for told in result["depth_two_told"]:
+        console.print(told, highlight=False)
     _print_lines(
         console,
         (
@@ -549,6 +563,9 @@ def _print(console: Console, result: Mapping[str, Any], runs: Sequence[Run], wis
         console.print(f"[magenta]DISAGREEMENT[/] {text}")
     for bundle in result["bundles"]:
         console.print(f"bundle: {bundle}")
+    if result["classes_not_judged"]:
+        left = result["classes_not_judged"]
+        console.print(f"[yellow]{left:,} classes were only counted, and judged by nobody[/]")
     total = sum(row["count"] for row in result["violations"] if row["counts"])
     console.print(
         f"{result['states']:,} distinct states visited"
@@ -568,13 +585,14 @@ def _print_lines(console: Console, lines: Iterable[tuple[str, int, str]]) -> Non
 def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each recovery came to that was cut again."""
     table = Table(title="Depth two: recoveries that were cut again")
-    for name in ("Class", "Recovery", "Tried again", "States", "By product", "Classes"):
+    for name in ("Class", "For", "Recovery", "Tried again", "States", "By product", "Classes"):
         table.add_column(name, justify="left" if name in ("Recovery", "Tried again") else "right")
     for name in ("Violations", "Excused", "Data not checked"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["class"],
+            f"{row['members']:,}",
             row["recovery"],
             row["retried"],
             f"{row['states']:,}",
@@ -582,6 +600,32 @@ def _deep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             *(f"{row[key]:,}" for key in ("classes", "violations", "excused", "data_unchecked")),
         )
     return table
+
+
+def depth_two_texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What depth two covered, and what it did not."""
+    texts = []
+    for row in rows:
+        texts.append(
+            f"depth two: {row['classes']:,} classes recover in {row['keys']:,} ways; of each of "
+            f"{row['booted']:,}, which stand for {row['covered']:,} classes, one was booted and "
+            f"cut again; {row['controls']:,} control samples; the update tried again from "
+            f"{row['retried']:,} distinct ends"
+        )
+        if row["unknown"]:
+            texts.append(
+                f"depth two: not known how {row['unknown']:,} classes recover, "
+                "as their data partitions were not checked"
+            )
+        left = row["left"]
+        if left:
+            texts.append(
+                f"depth two: not booted: {len(left):,} ways, {sum(n for _, n in left):,} classes"
+            )
+        texts += [f"  {count:,} classes: {key}" for key, count in left[:MAX_LEFT]]
+        if len(left) > MAX_LEFT:
+            texts.append(f"  and {len(left) - MAX_LEFT:,} more (all with --json)")
+    return texts
 
 
 def coverage_table(rows: Sequence[Coverage]) -> Table:

@@ -4,16 +4,22 @@ The partition is exported to a temporary file, and what the device does to it at
 to that. Of a device that only mounts it: `e2fsck -fp` replays the journal and repairs what a mount
 would put right as well (orphaned inodes, summary counters); anything beyond that makes it give up,
 which is the verdict *not clean*. A device that mends the partition first (`Repair`) runs e2fsck
-itself, so the same commands are run here. `e2fsck -fn` then has to find nothing. Source: e2fsck(8),
-its exit codes; e2fsprogs has to be installed. A sector that can't be read is zeros here, where the
-device gets an I/O error: what becomes of that, only a boot shows.
+itself, so the same commands are run here. `e2fsck -fn` then has to find nothing.
+
+One run of `e2fsck -fy` does for all that where it replays the journal and finds nothing to put
+right but the free counts of the superblock, which no journal holds and every mount and check counts
+anew: by far the commonest case. Where it says anything else its result is forgotten, and the
+device's own commands are run on another export.
+
+Source: e2fsck(8), its exit codes; e2fsprogs has to be installed. A sector that can't be read is
+zeros here, where the device gets an I/O error: what becomes of that, only a boot shows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +37,14 @@ _PLENTY: Final = 16
 """How often a partition has to fit: several are checked at once."""
 _LEFT_UNCORRECTED: Final = 4
 _FAILED: Final = 8
+_USUAL: Final = re.compile(
+    r"e2fsck [^\n]*|[^\n]*: recovering journal|Pass \d: [^\n]*|"
+    r"Free (?:blocks|inodes) count wrong \(\d+, counted=\d+\)\.|Fix\? yes|"
+    r"Setting free (?:blocks|inodes) count to \d+ \(was \d+\)|"
+    r"[^\n]*: \*{5} FILE SYSTEM WAS MODIFIED \*{5}|"
+    r"[^\n]*: \d+/\d+ files \([^\n]*\), \d+/\d+ blocks|"
+)
+"""Every line that e2fsck -fy may say of a file system that only had a journal to be replayed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +54,7 @@ class Ext4Check:
     `replayed`: its journal had something to replay. `output`: e2fsck's words, for people.
     `files`: the content of the files asked for, None for one that is missing or unreadable.
     `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
-    many ranges can't be read.
+    many ranges can't be read. `tree`: all files, if they were asked for and can be read.
     """
 
     clean: bool
@@ -49,6 +63,7 @@ class Ext4Check:
     files: Mapping[str, bytes | None]
     mended: bool = False
     unreadable: int = 0
+    tree: Mapping[str, bytes | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,11 +127,14 @@ class Ext4Image:
         self._directory = Path(tempfile.mkdtemp(prefix="brownout-ext4-", dir=_place(self._length)))
         self.path = self._directory / "partition.img"
         try:
-            self._disk.export(self.path, self._offset, self._length, zero_unreadable=True)
+            self._export()
         except BaseException:
             self._remove()
             raise
         return self
+
+    def _export(self) -> None:
+        self._disk.export(self.path, self._offset, self._length, zero_unreadable=True)
 
     def __exit__(
         self,
@@ -128,7 +146,8 @@ class Ext4Image:
 
     def _remove(self) -> None:
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self.path.unlink(missing_ok=True)
+            self._directory.rmdir()
             self._directory = None
 
     def recover(self, repair: Repair | None = None) -> tuple[bool, bool, str, bool]:
@@ -136,6 +155,13 @@ class Ext4Image:
 
         Raises DiskError if e2fsck is missing or does not end.
         """
+        code, words = _e2fsck(self.path, "-fy")
+        if code < _LEFT_UNCORRECTED and all(map(_USUAL.fullmatch, words.splitlines())):
+            return True, "recovering journal" in words, words, False
+        self._export()
+        return self._recover_as_the_device(repair)
+
+    def _recover_as_the_device(self, repair: Repair | None) -> tuple[bool, bool, str, bool]:
         code, words = _e2fsck(self.path, "-fp" if repair is None else "-y")
         replayed = "recovering journal" in words
         mended = repair is not None and code != 0
@@ -177,6 +203,16 @@ class Ext4Image:
         finally:
             source.close()
 
+    def everything(self) -> dict[str, bytes | None] | None:
+        """See `ExtReader.everything`; None where there is no reading it."""
+        source = _ImageFile(self.path)
+        try:
+            return ExtReader(source, 0, self._length).everything()
+        except DiskError:
+            return None
+        finally:
+            source.close()
+
 
 def check_ext4(
     disk: LazyDisk,
@@ -185,11 +221,13 @@ def check_ext4(
     *,
     read: Sequence[str] = (),
     repair: Repair | None = None,
+    everything: bool = False,
 ) -> Ext4Check:
     """Check a partition as a device's start leaves it, and read files of it afterwards.
 
-    `repair`: what the device does to it before it mounts it. Raises DiskError if e2fsck is missing
-    or does not end, or there is no room for the export.
+    `everything`: all of them, for `Ext4Check.tree`. `repair`: what the device does to it before it
+    mounts it. Raises DiskError if e2fsck is missing or does not end, or there is no room for the
+    export.
     """
     with Ext4Image(disk, offset, length) as image:
         clean, replayed, output, mended = image.recover(repair)
@@ -199,10 +237,11 @@ def check_ext4(
                 files[path] = image.read_file(path)
             except LayoutError:
                 files[path] = None
+        tree = image.everything() if everything else None
         holes = disk.unreadable(offset, length)
         if holes:
             output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
-        return Ext4Check(clean, replayed, output, files, mended, len(holes))
+        return Ext4Check(clean, replayed, output, files, mended, len(holes), tree)
 
 
 def _e2fsck(path: Path, *options: str) -> tuple[int, str]:

@@ -21,6 +21,7 @@ _INLINE_FLAG: Final = 0x10000000
 _MAX_FILE: Final = 256 << 20
 _MAX_DIRECTORY: Final = 8 << 20
 _MAX_DEPTH: Final = 5
+_MAX_ENTRIES: Final = 100_000
 _INCOMPAT_UNREADABLE: Final = 0x10000 | 0x1 | 0x10  # encryption, compression, meta_bg
 
 
@@ -110,6 +111,41 @@ class ExtReader:
         inode = self._lookup(path)
         return sorted(name for name, _ in self._entries(inode, path) if name not in (".", ".."))
 
+    def everything(self) -> dict[str, bytes | None]:
+        """All files by path, directories with a slash at the end and no content.
+
+        None for what can't be read, or is neither. Raises LayoutError if there is no root
+        directory, or more than can be read.
+        """
+        found: dict[str, bytes | None] = {}
+        seen: set[int] = set()
+        waiting = [("/", 2)]
+        room = _MAX_FILE
+        while waiting:
+            folder, number = waiting.pop()
+            for name, inner in self._entries(self._inode(number), folder):
+                if name in (".", ".."):
+                    continue
+                if len(found) >= _MAX_ENTRIES:
+                    raise self._wrong(f"more than {_MAX_ENTRIES} files")
+                path = folder + name
+                try:
+                    inode = self._inode(inner)
+                    kind = struct.unpack_from("<H", inode)[0] & 0xF000
+                    if kind == 0x4000:
+                        next(iter(self._entries(inode, path)), None)  # readable at all
+                        found[path + "/"] = b""
+                        if inner not in seen:
+                            waiting.append((path + "/", inner))
+                        seen.add(inner)
+                        continue
+                    content = self._content(inode, room, path) if kind == 0x8000 else None
+                except DiskError:
+                    content = None
+                found[path] = content
+                room -= len(content or b"")
+        return found
+
     def place_of(self, path: str, at: int) -> int:
         """Where byte `at` of a file is stored, from the partition's start.
 
@@ -130,9 +166,14 @@ class ExtReader:
         return LayoutError(self._source.name, self._offset, reason)
 
     def _block(self, number: int) -> bytes:
-        if (number + 1) * self._block_size > self._length:
-            raise self._wrong(f"block {number} is beyond the file system's end")
-        return self._source.read(self._offset + number * self._block_size, self._block_size)
+        return self._stored(number, 1)
+
+    def _stored(self, number: int, count: int) -> bytes:
+        """Blocks that lie behind one another."""
+        if (number + count) * self._block_size > self._length:
+            raise self._wrong(f"block {number + count - 1} is beyond the file system's end")
+        at, length = number * self._block_size, count * self._block_size
+        return self._source.read(self._offset + at, length)
 
     def _lookup(self, path: str) -> bytes:
         inode = self._inode(2)
@@ -177,8 +218,15 @@ class ExtReader:
             raise self._wrong(f"{path}: {size} bytes are more than {limit}")
         count = -(-size // self._block_size)
         blocks = self._blocks(inode, count, path)
-        hole = bytes(self._block_size)
-        pieces = [self._block(blocks[i]) if blocks.get(i) else hole for i in range(count)]
+        pieces = []
+        at = 0
+        while at < count:
+            first = blocks.get(at, 0)
+            run = 1  # blocks that are stored behind one another
+            while at + run < count and blocks.get(at + run, 0) == (first + run if first else 0):
+                run += 1
+            pieces.append(self._stored(first, run) if first else bytes(run * self._block_size))
+            at += run
         return b"".join(pieces)[:size]
 
     def _size(self, inode: bytes) -> int:

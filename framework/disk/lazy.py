@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ _BENEATH_EXTRA: Final = 1 << 58
 """Of those: from here on they are that state's own extra content."""
 
 _CHUNK: Final = 1 << 20
-_EXPORT: Final = 64 << 10  # small, so that few zeros are written between what there is
+_BLOCK: Final = 4096  # small, so that few zeros are written between what there is
 _ZEROES: Final = bytes(_CHUNK)
 
 
@@ -166,6 +167,14 @@ def read_exact(fd: int, length: int, offset: int, name: str) -> bytes:
     return data
 
 
+def write_exact(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; raises OSError."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
 def read_range(
     sectors: SectorMap,
     files: tuple[int, int],
@@ -206,6 +215,39 @@ def read_part(
         else:
             raise UnreadableSectorError(device, offset + first * SECTOR, size)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@functools.lru_cache(maxsize=16)
+def _not_zeros(
+    path: Path, version: tuple[int, ...], begin: int, end: int
+) -> tuple[tuple[int, int], ...]:
+    """Where a file holds more than zeros, to the block, in pieces of at most `_CHUNK` bytes.
+
+    Remembered, because a partition is exported in thousands of states; `version` is the file's.
+    """
+    found: list[tuple[int, int]] = []
+    with path.open("rb", buffering=0) as file:
+        while begin < end:
+            try:
+                begin = max(begin, os.lseek(file.fileno(), begin, os.SEEK_DATA))
+                hole = min(end, os.lseek(file.fileno(), begin, os.SEEK_HOLE))
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no more data
+                    break
+                hole = end  # its file system can't tell
+            for at in range(begin, hole, _CHUNK):
+                chunk = read_exact(file.fileno(), min(_CHUNK, hole - at), at, str(path))
+                for skip in range(0, len(chunk), _BLOCK):
+                    block = chunk[skip : skip + _BLOCK]
+                    if block == _ZEROES[: len(block)]:
+                        continue
+                    start, stop = at + skip, at + skip + len(block)
+                    if found and found[-1][1] == start and stop - found[-1][0] <= _CHUNK:
+                        found[-1] = (found[-1][0], stop)
+                    else:
+                        found.append((start, stop))
+            begin = max(hole, begin + 1)
+    return tuple(found)
 
 
 class LazyDisk:
@@ -291,11 +333,15 @@ class LazyDisk:
             digest.update(chunk)
         return digest.hexdigest()
 
+    def _part(self, offset: int, end: int) -> SectorMap:
+        """The part of the map that covers a range of bytes."""
+        return self.map[offset // SECTOR : -(-end // SECTOR)]
+
     def unreadable(self, offset: int = 0, length: int | None = None) -> list[tuple[int, int]]:
         """The (offset, length) ranges within a range (default: all) that can't be read."""
         end = self.size_bytes if length is None else offset + length
         first = offset // SECTOR
-        part = self.map[first : -(-end // SECTOR)]
+        part = self._part(offset, end)
         if not bool((part == UNREADABLE).any()):
             return []
         return [
@@ -303,14 +349,6 @@ class LazyDisk:
             for at, count, value in runs(part)
             if value == UNREADABLE
         ]
-
-    def _next_data(self, offset: int) -> int:
-        """Where the base has data next: up to there it is a hole, known to be zeros unread."""
-        try:
-            return os.lseek(self._base_fd, offset, os.SEEK_DATA)
-        except OSError as error:  # ENXIO: none any more; otherwise its file system can't tell
-            end = os.fstat(self._base_fd).st_size
-            return end if error.errno == errno.ENXIO and offset < end else offset
 
     def export(
         self,
@@ -326,36 +364,62 @@ class LazyDisk:
         file is removed if it can't be written completely.
         """
         size = (self.size_bytes if length is None else offset + length) - offset
-        readable = self
-        if zero_unreadable and bool((self.map == UNREADABLE).any()):
-            patched = np.where(self.map == UNREADABLE, ZERO, self.map)
-            readable = LazyDisk(self.name, patched, self.base_path, self.journal_path, self.extra)
+        begin, end = offset - offset % SECTOR, offset + size + -(offset + size) % SECTOR
+        part = self._part(begin, end)
         try:
-            with path.open("wb") as out:
+            with path.open("wb", buffering=0) as out:
                 out.truncate(size)
-                data = -1
-                part = readable.map[offset // SECTOR : -(-(offset + size) // SECTOR)]
-                edges = (np.flatnonzero(part) * SECTOR - offset % SECTOR)[:, None]
-                touched = set((np.add(edges, (0, SECTOR - 1)) // _EXPORT).ravel().tolist())
-                for at in range(0, size, _EXPORT):
-                    start, length = offset + at, min(_EXPORT, size - at)
-                    if at // _EXPORT not in touched:
-                        data = data if data >= start else readable._next_data(start)
-                        if data >= start + length:
-                            continue
-                    chunk = readable.read(start, length)
-                    if chunk != _ZEROES[:length]:
-                        out.seek(at)
-                        out.write(chunk)
+                for at, data in self._pieces(part, begin, zero_unreadable=zero_unreadable):
+                    skip, left = max(0, offset - at), offset + size - at
+                    write_exact(out.fileno(), data[skip:left], at + skip - offset)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise DiskError(f"can't export to {path}: {error.strerror}") from error
         except DiskError:
             path.unlink(missing_ok=True)
             raise
-        finally:
-            if readable is not self:
-                readable.close()
+
+    def _pieces(
+        self, part: SectorMap, begin: int, *, zero_unreadable: bool
+    ) -> Iterator[tuple[int, bytes]]:
+        """What makes a part, which begins at byte `begin`, of nothing but zeros: (offset, bytes).
+
+        In this order, and some of it overlapping: first all that the base has, then the rest.
+        """
+        extents = self._base_extents(begin, begin + len(part) * SECTOR)
+        for start, end in extents:
+            yield start, read_exact(self._base_fd, end - start, start, f"the base of {self.name}")
+        places = np.flatnonzero(part)
+        values = part[places]
+        step = np.where(values > 0, SECTOR, 0)
+        joined = (np.diff(places) == 1) & (np.diff(values) == step[:-1])
+        heads = np.flatnonzero(np.concatenate(([True], ~joined))) if len(places) else places
+        counts = np.diff(np.append(heads, len(places)))
+        for first, count, value in zip(
+            places[heads].tolist(), counts.tolist(), values[heads].tolist(), strict=True
+        ):
+            at, end = begin + first * SECTOR, begin + (first + count) * SECTOR
+            if value == UNREADABLE and not zero_unreadable:
+                raise UnreadableSectorError(self.name, at, end - at)
+            if value > 0:
+                for start in range(at, end, _CHUNK):
+                    yield start, self._stored(value + start - at, min(_CHUNK, end - start))
+                continue
+            for start, stop in extents:  # zeros over what the base has there
+                if start < end and at < stop:
+                    yield max(start, at), bytes(min(stop, end) - max(start, at))
+
+    def _stored(self, value: int, length: int) -> bytes:
+        """What a value of the map above BASE stands for, and what follows it."""
+        if value > EXTRA:
+            return self.extra[value - EXTRA - 1 : value - EXTRA - 1 + length]
+        return read_exact(self.journal_fd, length, value - 1, "the journal")
+
+    def _base_extents(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Where the base image holds more than zeros."""
+        status = os.fstat(self._base_fd)
+        version = (status.st_dev, status.st_ino, status.st_mtime_ns)
+        return _not_zeros(self.base_path, version, begin, min(end, status.st_size))
 
     def close(self) -> None:
         """Close the files; reading raises afterwards."""
@@ -402,6 +466,13 @@ class PartialDisk(LazyDisk):
     def size_bytes(self) -> int:
         """The device's size in bytes."""
         return self._size_bytes
+
+    def _part(self, offset: int, end: int) -> SectorMap:
+        if offset < self._begin or end > self._begin + len(self.map) * SECTOR:
+            raise DiskError(
+                f"device {self.name}: bytes {offset} to {end} are not in this partial view"
+            )
+        return super()._part(offset - self._begin, end - self._begin)
 
     def read(self, offset: int, length: int) -> bytes:
         """As `LazyDisk.read`, within the part."""

@@ -8,12 +8,15 @@ environment, only the sectors of its regions are looked up.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+
+from attrs import evolve
 
 from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.judges.static import StaticOracle
-from framework.explore.layout import Layout, Role
+from framework.explore.layout import EnvironmentReading, Role
 from framework.explore.states import CrashClass, Disks, Span
 from framework.explore.timeline import Timeline
 from framework.verdict import BootEnvironment, Event, SlotState, Verdict
@@ -26,25 +29,36 @@ class BulkOracle(StaticOracle):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._glimpses = Glimpses(context.journal, _hulls(context.layout))
+        self._glimpses = Glimpses(context.journal, context.layout.hulls(Role.ENVIRONMENT))
         regions = context.layout.all_regions()
         self._environment_at = [i for i, r in enumerate(regions) if r.role is Role.ENVIRONMENT]
         self._slots_at = [i for i, r in enumerate(regions) if r.role is Role.SLOT]
-        self._environments_by_content: dict[tuple[str, ...], BootEnvironment] = {}
+        self._readings: dict[tuple[str, ...], EnvironmentReading] = {}
         self._questions: dict[tuple[object, ...], int] = {}
         self._numbers: dict[Question, int] = {}
         self._verdicts: dict[tuple[int, int, tuple[Event, ...]], Verdict] = {}
 
-    def environment(self, crash_class: CrashClass) -> BootEnvironment:
-        """The boot environment of a class, as its bootloader reads it."""
+    def owing(self, timeline: Timeline) -> BulkOracle:
+        """The same for other promises; what stands on the disks is not asked again."""
+        other = copy.copy(self)
+        other.context = evolve(self.context, timeline=timeline)
+        other._verdicts = {}
+        return other
+
+    def reading(self, crash_class: CrashClass) -> EnvironmentReading:
+        """The variables and copies that a class's bootloader finds."""
         key = tuple(f.content for f in crash_class.facts if f.role is Role.ENVIRONMENT)
-        found = self._environments_by_content.get(key)
+        found = self._readings.get(key)
         if found is None:
             state = crash_class.representative
             with Disks(self._glimpses.disks(state.decision, state.operation)) as disks:
-                found = self.context.layout.boot(disks)
-            self._environments_by_content[key] = found
+                found = self.context.layout.environment(disks)
+            self._readings[key] = found
         return found
+
+    def environment(self, crash_class: CrashClass) -> BootEnvironment:
+        """The boot environment of a class, as its bootloader reads it."""
+        return self.context.layout.vocabulary.reduce(self.reading(crash_class))
 
     def judge(self, crash_class: CrashClass, phase: int, *further: Event) -> Verdict:
         """The verdict on a class in a phase; `further` is what a dearer judge saw."""
@@ -67,18 +81,6 @@ class BulkOracle(StaticOracle):
             number = self._numbers.setdefault(question, len(self._numbers))
             self._questions[facts] = number
         return number
-
-
-def _hulls(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Of each device that has some of the environment, the part that holds it all."""
-    found: dict[str, tuple[int, int]] = {}
-    for region in layout.all_regions():
-        if region.role is Role.ENVIRONMENT:
-            for part in region.ranges:
-                begin, length = found.get(part.device, (part.offset, part.length))
-                first, end = min(begin, part.offset), max(begin + length, part.end)
-                found[part.device] = (first, end - first)
-    return found
 
 
 def phases_of(crash_class: CrashClass, timeline: Timeline) -> Iterator[tuple[Span, int]]:

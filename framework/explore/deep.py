@@ -6,12 +6,17 @@ same update tried again, with its restart and its commit. All cuts of that journ
 of depth two: the engine finds them as those of the first depth, the static oracle and the data
 judge judge them, and they owe what was owed at the first cut plus what the recovery itself
 promised. A recovery that wrote nothing has no cuts of its own.
+
+One class stands for all that a device recovers from in the same way (`framework.explore.recovery`),
+and is judged in all their phases. The update is tried again once from each distinct end of a
+recovery: what it writes depends on where it begins.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -25,6 +30,7 @@ from framework.explore.engine import explore
 from framework.explore.judges.boots import BOOT_TIMEOUT_S, MAX_STARTS, Booted, ColdBootJudge
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
+from framework.explore.recovery import NOTHING, Ends, Trace, trace_of
 from framework.explore.serve import Heard, StateMachine, Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration
 from framework.explore.timeline import (
@@ -66,11 +72,15 @@ class Deeper:
 
     Attributes:
         models: cache models of the second cut.
+        apart: further ones, of devices that break their promises. They are explored apart: a class
+            is reached by any of the models that it is explored under, and what breaks without a
+            lie must not pass for a lie's.
         retries: by artifact, how to try its update again; empty: nothing is tried again.
         exhaustive_up_to, samples: as `engine.explore` takes them.
     """
 
     models: tuple[CacheModel, ...] = (PrefixCache(), VolatileCache())
+    apart: tuple[CacheModel, ...] = ()
     retries: Mapping[str, Retry] = field(factory=dict)
     exhaustive_up_to: int = 10
     samples: int = 300
@@ -104,38 +114,87 @@ class DeepResult:
     Attributes:
         crash_class: the class at depth one.
         booted: its recovery.
-        exploration: of the recovery's journal.
+        explorations: of the recovery's journal: as of devices that keep their promises, and of
+            others if they were asked for.
         violations: what broke, over all phases of the class.
         retried: what came of the update tried again; empty: none was.
         unchecked: distinct data partitions that were not checked, for their number.
+        trace: what the recovery did, for a control sample to be compared with.
+        members: how many classes it stands for.
     """
 
     crash_class: CrashClass
     booted: Booted
-    exploration: Exploration
+    explorations: tuple[Exploration, ...]
     violations: tuple[DeepViolation, ...]
     retried: str = ""
     unchecked: int = 0
+    trace: Trace = NOTHING
+    members: int = 1
 
 
 def cut_again(  # noqa: PLR0917 - who, what, when, where, how
     judge: ColdBootJudge,
     ears: Ears,
-    crash_class: CrashClass,
+    classes: Sequence[CrashClass],
     phases: Sequence[int],
     place: Workplace,
     deeper: Deeper,
+    ends: Ends,
 ) -> DeepResult:
-    """Boot a class's representative, try the update again, and judge every cut of what that writes.
+    """Boot the first of classes that share a recovery, and judge every cut of what that writes.
+
+    Where the recovery ends as none did before (`ends`), the update is tried again. `phases`: those
+    of all the classes. Raises InfrastructureError if QEMU fails, DiskError if e2fsck does.
+    """
+    crash_class, context = classes[0], judge.context
+    retry = _retry_of(context.timeline, phases, deeper.retries)
+    with _recovering(judge, ears, crash_class, place, retry, ends) as (recovery, booted, journal):
+        first = crash_class.representative
+        explored, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
+        if broken := recovery.not_converged(context):
+            found += _never_converged(context, journal, first, phases, broken)
+        return DeepResult(
+            crash_class,
+            booted,
+            explored,
+            tuple(found),
+            recovery.retried,
+            unchecked,
+            recovery.trace,
+            len(classes),
+        )
+
+
+def follow(
+    judge: ColdBootJudge, ears: Ears, crash_class: CrashClass, place: Workplace
+) -> tuple[Booted, Trace]:
+    """Only boot a class, as a control sample: what its recovery came to.
 
     Raises InfrastructureError if QEMU fails, DiskError if e2fsck does.
     """
+    with _recovering(judge, ears, crash_class, place, None, Ends()) as (recovery, booted, _):
+        return booted, recovery.trace
+
+
+@contextlib.contextmanager
+def _recovering(  # noqa: PLR0917 - who, what, where, how
+    judge: ColdBootJudge,
+    ears: Ears,
+    crash_class: CrashClass,
+    place: Workplace,
+    retry: Retry | None,
+    ends: Ends,
+) -> Iterator[tuple[_Recovery, Booted, JournalReader]]:
+    """A class's recovery after it ran, and its journal as long as this is entered."""
     context = judge.context
     first = crash_class.representative
     trial = judge.oracle.on_trial(crash_class)
     recovery = _Recovery(
         evolve(ears, artifact=trial or context.initial),
-        _retry_of(context.timeline, phases, deeper.retries),
+        retry,
+        lambda journal, until: trace_of(context, journal, until),
+        lambda end: ends.is_new((end, _standing(crash_class), retry and retry.artifact)),
     )
     with (
         first.disks(context.journal) as disks,
@@ -143,13 +202,12 @@ def cut_again(  # noqa: PLR0917 - who, what, when, where, how
     ):
         heard = recovery.run(running)
         booted = judge.read(crash_class, first, recovery.until_ready(heard))
-        journal = running.journal()
-        exploration, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
-        if broken := recovery.not_converged(context):
-            found += _never_converged(context, journal, first, phases, broken)
-        return DeepResult(
-            crash_class, booted, exploration, tuple(found), recovery.retried, unchecked
-        )
+        yield recovery, booted, running.journal()
+
+
+def _standing(crash_class: CrashClass) -> tuple[tuple[str | None, bool], ...]:
+    """What stands in the slots, as far as an update tried again could depend on it."""
+    return tuple((f.image, f.loadable) for f in crash_class.slots.values())
 
 
 def _retry_of(
@@ -165,10 +223,20 @@ def _retry_of(
 class _Recovery:
     """What is heard of a recovery, and typed in it."""
 
-    def __init__(self, ears: Ears, retry: Retry | None) -> None:
+    def __init__(
+        self,
+        ears: Ears,
+        retry: Retry | None,
+        trace: Callable[[JournalReader, int], Trace],
+        is_new: Callable[[Hashable], bool],
+    ) -> None:
+        """`is_new`: whether the update has to be tried again from such an end."""
         self.ears = ears
         self.retry = retry
         self.retried = ""
+        self.trace = NOTHING
+        self._trace = trace
+        self._is_new = is_new
         self._ready: list[int] = []
         """How many matches there were at each ready line."""
         self._code: int | None = None
@@ -198,20 +266,28 @@ class _Recovery:
             elif match.re is signs.ready:
                 self._ready.append(count)
                 self._last_version = match["version"]
-                if self.retry is None or self._code is not None:
+                if self._code is not None:
+                    return True
+                self.trace = self._trace(machine.journal(), machine.recorder.operations)
+                end = (match["version"], match["slot"], self.trace.environments[-1:])
+                if self.retry is None or not self._is_new((*end, self.trace.data)):
+                    self.retry = None
                     return True
                 mark(InstallStarted(self.retry.artifact))
                 machine.type(f"{self.retry.install}; echo BROWNOUT-RETRY $?\n")
             return False
 
         patterns = (signs.booting, signs.nothing, signs.ready, signs.data_lost, _ENDED)
-        return machine.run(
+        ended = machine.run(
             list(dict.fromkeys((*patterns, *self.ears.patterns))),
             BOOT_TIMEOUT_S if self.retry is None else BOOT_TIMEOUT_S + RETRY_TIMEOUT_S,
             stop_on=heard,
             on_reset=lambda: mark(Restarted()),
             max_starts=MAX_STARTS if self.retry is None else 2 * MAX_STARTS,
         )
+        if not self._ready:
+            self.trace = self._trace(machine.journal(), machine.recorder.operations)
+        return ended
 
     def until_ready(self, heard: Heard) -> Heard:
         """The recovery without the update that was tried again."""
@@ -259,35 +335,52 @@ def judge_recovery(
     first: CrashState,
     phases: Sequence[int],
     deeper: Deeper,
-) -> tuple[Exploration, list[DeepViolation], int]:
+) -> tuple[tuple[Exploration, ...], list[DeepViolation], int]:
     """All cuts of a recovery's journal, which begins with the state `first`.
 
     Judged in each of the phases in which the first cut is possible. Returns what was explored, what
     broke, and how many distinct data partitions were left out.
     """
-    exploration = explore(
-        journal,
-        context.layout,
-        deeper.models,
-        exhaustive_up_to=deeper.exhaustive_up_to,
-        samples=deeper.samples,
-    )
-    recovery = read_timeline(journal.marks)
     inner = evolve(context, journal=journal)
     data = DataJudge(inner)
     unchecked: set[tuple[str, ...]] = set()
-    for crash_class in exploration.classes:
-        if len(data.checked) < DATA_LIMIT:
-            data.check(crash_class)
-        elif data.key(crash_class) not in data.checked:
-            unchecked.add(data.key(crash_class))
+    explored: list[Exploration] = []
     found: list[DeepViolation] = []
+    for models in filter(None, (deeper.models, deeper.apart)):
+        exploration = explore(
+            journal,
+            context.layout,
+            models,
+            exhaustive_up_to=deeper.exhaustive_up_to,
+            samples=deeper.samples,
+        )
+        explored.append(exploration)
+        for crash_class in exploration.classes:
+            if len(data.checked) < DATA_LIMIT:
+                data.check(crash_class)
+            elif data.key(crash_class) not in data.checked:
+                unchecked.add(data.key(crash_class))
+        found += _broken(inner, exploration.classes, data, first, phases)
+    return tuple(explored), found, len(unchecked)
+
+
+def _broken(
+    context: Context,
+    classes: Sequence[CrashClass],
+    data: DataJudge,
+    first: CrashState,
+    phases: Sequence[int],
+) -> Iterator[DeepViolation]:
+    """What breaks in classes of depth two. `context`: with the recovery's journal."""
+    journal = context.journal
+    recovery = read_timeline(journal.marks)
+    asked_before = BulkOracle(context)
     packed = b""
     for phase in phases:
         timeline = _owed(context.timeline, phase, recovery)
-        then = evolve(inner, timeline=timeline)
-        oracle, then_data = BulkOracle(then), DataJudge(then, data.checked)
-        for crash_class in exploration.classes:
+        oracle = asked_before.owing(timeline)
+        then_data = DataJudge(oracle.context, data.checked)
+        for crash_class in classes:
             told: set[int] = set()
             for span, later in phases_of(crash_class, timeline):
                 checked = then_data.seen(crash_class, later)
@@ -298,18 +391,15 @@ def judge_recovery(
                     told.add(finding.invariant)
                     packed = packed or _packed(journal)
                     latest = later == timeline.phase_at(span.last_sequence - 1)
-                    found.append(
-                        DeepViolation(
-                            finding.invariant,
-                            finding.evidence,
-                            phase,
-                            first,
-                            span.latest if latest else span.earliest,
-                            packed,
-                            timeline.describe(later),
-                        )
+                    yield DeepViolation(
+                        finding.invariant,
+                        finding.evidence,
+                        phase,
+                        first,
+                        span.latest if latest else span.earliest,
+                        packed,
+                        timeline.describe(later),
                     )
-    return exploration, found, len(unchecked)
 
 
 def _owed(before: Timeline, phase: int, recovery: Timeline) -> Timeline:

@@ -49,8 +49,8 @@ Progress = Callable[[str, int, int], None]
 """Called now and then with what is being done (a model and an epoch, for people), the states
 visited so far and the classes found so far. May raise (KeyboardInterrupt): nothing is left open."""
 
-MAX_CLASSES: Final = 20_000
-"""Most classes kept as such; what is beyond is counted, and the coverage says so."""
+MAX_CLASSES: Final = 50_000
+"""Most classes kept as such; what is beyond is counted (`Counts.unkept`), and judged by nobody."""
 
 
 def explore(
@@ -76,7 +76,7 @@ def explore(
         samples: how many states to draw of an epoch that is too large, and of every class at most
             two are kept as control samples.
         seed: of the samples and of the garbage in torn sectors.
-        max_classes: most classes to keep as such; further ones are counted in a coverage row.
+        max_classes: most classes to keep as such; further ones are counted (`Counts.unkept`).
         progress: see `Progress`.
 
     Raises:
@@ -360,6 +360,7 @@ class _Search:
                 len(classes) + self.collector.unkept,
                 index_seconds,
                 clock(),
+                self.collector.unkept,
             ),
             Outside(operations, sectors),
         )

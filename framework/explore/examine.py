@@ -24,15 +24,16 @@ from attrs import define, evolve, field, frozen
 
 from framework.disk import CacheModel
 from framework.explore.bulk import BulkOracle, phases_of
-from framework.explore.deep import Deeper, DeepResult, cut_again
+from framework.explore.deep import Deeper, DeepResult, cut_again, follow
 from framework.explore.ears import Ears
 from framework.explore.engine import explore
 from framework.explore.judges.boots import Booted, BootloaderJudge, ColdBootJudge
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
 from framework.explore.judges.mount import Mounted, MountJudge
-from framework.explore.judges.static import StaticOracle, with_finding
+from framework.explore.judges.static import with_finding
 from framework.explore.layout import Role
+from framework.explore.recovery import Ends, Trace, recoveries
 from framework.explore.rest import spared
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
@@ -42,6 +43,9 @@ from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 
 WORKERS: Final = 2
 DEPTH_TWO: Final = "depth two"
+EVERY: Final = 1 << 62
+"""As a bound: none."""
+
 DATA_LIVES: Final = 5
 """The invariant of the data partition, of which there is one copy."""
 
@@ -102,6 +106,31 @@ class JudgeCount:
     disagreements: int = 0
 
 
+@frozen
+class DepthTwo:
+    """What was covered at depth two.
+
+    Attributes:
+        classes: all there are.
+        unknown: those whose data partition was not checked, so that their recovery is not known.
+        keys: distinct recoveries of the others.
+        booted: of these, how many were booted and cut again.
+        covered: the classes that these stand for.
+        controls: second classes of one of these keys that were booted.
+        retried: distinct ends of a recovery from which the update was tried again.
+        left: the keys that were not booted, in words, each with its number of classes.
+    """
+
+    classes: int
+    unknown: int
+    keys: int
+    booted: int
+    covered: int
+    controls: int
+    retried: int
+    left: tuple[tuple[str, int], ...]
+
+
 @define
 class Examination:
     """Everything that an examination found."""
@@ -112,6 +141,7 @@ class Examination:
     boots: list[Booted] = field(factory=list)
     counts: list[JudgeCount] = field(factory=list)
     deep: list[DeepResult] = field(factory=list)
+    depth_two: DepthTwo | None = None
     verdicts: dict[tuple[str, int], Verdict] = field(factory=dict)
     """By class key and phase."""
 
@@ -126,7 +156,8 @@ class Bounds:
         decisions: most bootloader decisions.
         cold_boots: most cold boots.
         controls: share of each that are control samples inside classes, 0 to 1.
-        deep: most classes whose recovery is cut again.
+        deep: most recovery keys of which a class's recovery is cut again (`EVERY`: all of them).
+        deep_controls: share of these of which a second class is booted, as a control sample.
     """
 
     data: int = 2000
@@ -135,6 +166,7 @@ class Bounds:
     cold_boots: int = 20
     controls: float = 0.25
     deep: int = 0
+    deep_controls: float = 0.125
 
 
 class Progress(Protocol):
@@ -202,8 +234,9 @@ class Examiner:
         """Judge what was found, by the judges named (`static` always)."""
         wanted = set(judges)
         context, machine = self.context, self.machine
-        work = _Work(self, Examination(exploration), BulkOracle(context), DataJudge(context))
-        if "data" in wanted:
+        data = DataJudge(context, views=bounds.deep > 0)
+        work = _Work(self, Examination(exploration), BulkOracle(context), data)
+        if "data" in wanted or bounds.deep:  # a recovery depends on what is on it
             work.check_data(bounds.data)
         work.judge_statically()
         if machine is not None and "mount" in wanted:
@@ -217,7 +250,7 @@ class Examiner:
             work.boot(booter, groups, bounds.cold_boots, bounds.controls)
         if machine is not None and bounds.deep:
             booter = ColdBootJudge(context, work.oracle, machine, self.ears.boot)
-            work.cut_again(booter, work.spread(exploration.classes)[: bounds.deep])
+            work.cut_again(booter, bounds)
         return work.found
 
 
@@ -227,7 +260,7 @@ class _Work:
 
     examiner: Examiner
     found: Examination
-    oracle: StaticOracle
+    oracle: BulkOracle
     data: DataJudge
 
     # -- the cheap judges --------------------------------------------------------------------
@@ -459,41 +492,83 @@ class _Work:
             booted, disagreement="the data judge finds the data partition sound, the device lost it"
         )
 
-    def cut_again(self, judge: ColdBootJudge, classes: Sequence[CrashClass]) -> None:
-        """Depth two of these classes."""
+    def cut_again(self, judge: ColdBootJudge, bounds: Bounds) -> None:
+        """Depth two: a class of each recovery key, and control samples of some."""
         began = time.monotonic()
-        differing = 0
+        classes = self.found.exploration.classes
+        every = recoveries(classes, self.oracle, self.data)
+        groups = every.groups[: bounds.deep]
+        controls = every.controls(len(groups), bounds.deep_controls, self.examiner.seed)
+        ends = Ends()
+        results: dict[int, DeepResult] = {}
+        seen: list[tuple[int, Booted, Trace]] = []
         with Workplace() as place:
-            results = _each(
-                lambda c: cut_again(
-                    judge,
-                    self.examiner.ears,
-                    c,
-                    [phase for _, phase in self._phases(c)],
-                    place,
-                    self.examiner.deeper,
-                ),
-                classes,
-                self.examiner.workers,
-                place.stop,
-            )
-            for done, result in enumerate(results, 1):
-                self.found.deep.append(result)
-                if result.booted.disagreement:
-                    differing += 1
-                    self.found.disagreements.append(result.booted)
-                self.examiner.progress.judging(DEPTH_TWO, done, len(classes))
+
+            def one(job: tuple[int, CrashClass | None]) -> None:
+                number, control = job
+                if control is not None:
+                    seen.append((number, *follow(judge, self.examiner.ears, control, place)))
+                    return
+                members = groups[number][1]
+                phases = sorted({phase for c in members for _, phase in self._phases(c)})
+                results[number] = cut_again(
+                    judge, self.examiner.ears, members, phases, place, self.examiner.deeper, ends
+                )
+
+            jobs: list[tuple[int, CrashClass | None]] = [(n, None) for n in range(len(groups))]
+            jobs += controls
+            for done, _ in enumerate(_each(one, jobs, self.examiner.workers, place.stop), 1):
+                self.examiner.progress.judging(DEPTH_TWO, done, len(jobs))
+            compared = [self._compare(judge, place, results[n], b, t) for n, b, t in seen]
+        self.found.deep += [results[number] for number in sorted(results)]
+        boots = [*(result.booted for result in self.found.deep), *compared]
+        differing = [booted for booted in boots if booted.disagreement]
+        self.found.disagreements += differing
+        self.found.depth_two = DepthTwo(
+            classes=len(classes),
+            unknown=every.unknown,
+            keys=len(every.groups),
+            booted=len(groups),
+            covered=sum(len(members) for _, members in groups),
+            controls=len(controls),
+            retried=len(ends),
+            left=tuple((k.describe(), len(c)) for k, c in every.groups[len(groups) :]),
+        )
         self.found.counts.append(
             JudgeCount(
                 judge=DEPTH_TWO,
-                looked_at=len(classes),
-                of=len(self.found.exploration.classes),
-                unit="classes' recoveries, all their cuts",
+                looked_at=len(groups),
+                of=len(every.groups),
+                unit="distinct recoveries, all their cuts",
+                controls=len(controls),
                 violations=sum(len(result.violations) for result in self.found.deep),
-                disagreements=differing,
+                disagreements=len(differing),
                 seconds=time.monotonic() - began,
             )
         )
+
+    def _compare(
+        self,
+        judge: ColdBootJudge,
+        place: Workplace,
+        result: DeepResult,
+        booted: Booted,
+        trace: Trace,
+    ) -> Booted:
+        """A control sample disagrees if it did otherwise than the class that stands for it.
+
+        Then both are booted once more: on a busy host a guest's watchdog can bite.
+        """
+        if booted.disagreement or not result.trace.differs(trace):
+            return booted
+        ears = self.examiner.ears
+        _, first = follow(judge, ears, result.crash_class, place)
+        booted, second = follow(judge, ears, booted.crash_class, place)
+        differs = first.differs(second)
+        if not differs or booted.disagreement:
+            return booted
+        text = f"two classes of one recovery key recover differently: {differs}"
+        return evolve(booted, disagreement=f"{text} ({result.crash_class.representative})")
 
 
 def _damaged_data(crash_class: CrashClass) -> bool:

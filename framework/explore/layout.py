@@ -362,6 +362,17 @@ class Layout:
                 return region
         raise KeyError(f"no region {name!r}; there are {[r.name for r in self.all_regions()]}")
 
+    def hulls(self, role: Role) -> dict[str, tuple[int, int]]:
+        """Of each device with regions of a role, (offset, length) of the part that has them all."""
+        found: dict[str, tuple[int, int]] = {}
+        for region in self.all_regions():
+            if region.role is role:
+                for part in region.ranges:
+                    begin, length = found.get(part.device, (part.offset, part.length))
+                    first, end = min(begin, part.offset), max(begin + length, part.end)
+                    found[part.device] = (first, end - first)
+        return found
+
     def environment(self, disks: Mapping[str, LazyDisk]) -> EnvironmentReading:
         """The boot environment of a state. `disks`: all its devices by name."""
         return self.store.read(disks)

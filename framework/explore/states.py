@@ -227,6 +227,7 @@ class Counts:
         classes: distinct classes.
         index_seconds: reading, hashing and indexing the recording.
         seconds: the enumeration after that.
+        unkept: classes among these that were only counted, for their number.
     """
 
     points: int
@@ -235,6 +236,7 @@ class Counts:
     classes: int
     index_seconds: float
     seconds: float
+    unkept: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from attrs import frozen
 
@@ -176,6 +176,12 @@ class BrownoutUpdater:
         ready=re.compile(r"BROWNOUT READY version=(?P<version>\S+) slot=(?P<slot>[ab]) [^\n]*\n"),
         data_lost=re.compile(r"BROWNOUT DATA-FAILED\s*\n"),
     )
+
+    data_views: ClassVar[dict[str, str]] = {
+        "/updater/state.db": "sqlite",
+        "/updater/lock": "ignored",  # its content is for people
+    }
+    """What its files on the data partition are, as `framework.explore.views` names it."""
 
     def build_artifact(
         self, image: Path, name: str, device_type: str, key: Path, destination: Path

@@ -22,6 +22,7 @@ from framework.disk import (
     build_copy,
     check_ext4,
     compare_with_image,
+    ext4check,
     open_file_system,
     parse_copy,
     parse_environment,
@@ -32,7 +33,7 @@ from framework.disk import (
     read_grub_environments,
     region_sha256,
 )
-from framework.disk.ext4check import Repair
+from framework.disk.ext4check import Ext4Image, Repair
 from framework.disk.files import ExtReader
 from framework.disk.lazy import UNREADABLE, new_map
 
@@ -588,3 +589,69 @@ def test_planted_a_digest_of_the_base_alone_would_miss_a_write(tmp_path, base):
             client.write(S, bytes(S))
         with rec.disk("vda") as disk:
             assert region_sha256(disk, 0, MIB) != before
+
+
+def planted(tree, tmp_path, damage):
+    """A file system after a cut: plain, with a journal to be replayed, or damaged."""
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    if "journal" in damage:
+        block = run("debugfs", "-R", "blocks /block", image).split()[0]
+        (tmp_path / "new").write_bytes(b"J" * 4096)
+        script = f"journal_open\njournal_write -b {block} {tmp_path / 'new'}\njournal_close\n"
+        run("debugfs", "-w", "-f", "-", image, stdin=script)
+    if "counts" in damage:
+        run("debugfs", "-w", "-R", "set_super_value free_blocks_count 7", image)
+    if "links" in damage:
+        run("debugfs", "-w", "-R", "set_inode_field /block links_count 3", image)
+    if "lost" in damage:
+        run("debugfs", "-w", "-R", "clri /dir", image)
+    if "superblock" in damage:
+        with image.open("r+b") as file:
+            file.seek(1024)
+            file.write(random.Random(1).randbytes(S))
+    return image
+
+
+CASES = ["", "journal", "counts", "journal counts", "links", "journal links", "lost", "superblock"]
+
+
+@needs("mke2fs", "e2fsck", "debugfs")
+@pytest.mark.parametrize("repair", [None, MENDS], ids=["only mounts", "mends"])
+@pytest.mark.parametrize("damage", CASES)
+def test_one_run_of_e2fsck_says_what_the_devices_own_commands_say(tree, tmp_path, damage, repair):
+    image = planted(tree, tmp_path, damage)
+    said = []
+    for recover in ("recover", "_recover_as_the_device"):
+        with disk_of(image) as disk, Ext4Image(disk, 0, 24 * MIB) as export:
+            clean, replayed, _, mended = getattr(export, recover)(repair)
+            said.append((clean, replayed, mended, export.everything() if clean else None))
+    assert said[0] == said[1]
+    # What a cut can't do, e2fsck -y does not look for in a file system that calls itself clean.
+    beyond = ("lost", "superblock") if repair is None else ("lost", "links", "journal links")
+    assert said[0][0] == (damage not in beyond)
+
+
+@needs("mke2fs", "e2fsck", "debugfs")
+def test_a_check_that_takes_every_mend_for_a_replay_is_told_from_the_device(
+    tree, tmp_path, monkeypatch
+):
+    """Planted: whatever e2fsck puts right counts as nothing."""
+    image = planted(tree, tmp_path, "lost")
+    monkeypatch.setattr(ext4check, "_USUAL", re.compile(".*"))
+    with disk_of(image) as disk:
+        assert check_ext4(disk, 0, 24 * MIB).clean, "and so the test above has something to find"
+
+
+@needs("mke2fs", "e2fsck")
+def test_all_that_a_file_system_holds_is_listed(tree, tmp_path):
+    image = make_ext(tree, tmp_path / "fs.img", EXT["ext4"])
+    with disk_of(image) as disk:
+        found = check_ext4(disk, 0, 24 * MIB, everything=True).tree
+    wanted = {
+        f"/{path.relative_to(tree)}" + ("/" if path.is_dir() else ""): path
+        for path in tree.rglob("*")
+    }
+    assert found is not None
+    assert set(found) - {"/lost+found/"} == set(wanted)
+    for name, path in wanted.items():
+        assert found[name] == (b"" if path.is_dir() else path.read_bytes())

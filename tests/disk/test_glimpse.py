@@ -61,7 +61,7 @@ def sectors(disk, begin, length):
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_a_glimpse_equals_the_whole_disk(journal, name):
+def test_a_glimpse_equals_the_whole_disk_read_or_exported(journal, tmp_path, name):
     rng = random.Random(name)
     for begin, length in ((0, 8 * S), (100 * S, 40 * S), (230 * S, 26 * S)):
         glimpses = Glimpses(journal, {"vda": (begin, length)})
@@ -72,14 +72,28 @@ def test_a_glimpse_equals_the_whole_disk(journal, name):
             (whole,) = journal.disks_of(decision, operation).values()
             (part,) = glimpses.disks(decision, operation).values()
             with whole, part:
-                assert sectors(part, begin, length) == sectors(whole, begin, length)
+                there = sectors(whole, begin, length)
+                assert sectors(part, begin, length) == there
+                assert part.unreadable(begin, length) == whole.unreadable(begin, length)
+                for disk in (part, whole):
+                    path = tmp_path / disk.name
+                    disk.export(path, begin, length, zero_unreadable=True)
+                    assert path.read_bytes() == b"".join(one or bytes(S) for one in there)
+                    if None in there:
+                        with pytest.raises(UnreadableSectorError):
+                            disk.export(path, begin, length)
+                        assert not path.exists(), "no half of an export is left"
                 assert part.size_bytes == whole.size_bytes
 
 
-def test_what_is_not_in_the_part_can_not_be_read(journal):
+def test_what_is_not_in_the_part_can_not_be_read(journal, tmp_path):
     (part,) = Glimpses(journal, {"vda": (8 * S, 8 * S)}).disks(journal.cuts[0].decision, 3).values()
     with part:
         assert part.read(9 * S + 7, 100) == part.read(9 * S, S)[7:107]
+        part.export(tmp_path / "odd", 9 * S + 7, 2 * S)
+        assert (tmp_path / "odd").read_bytes() == part.read(9 * S + 7, 2 * S)
+        with pytest.raises(DiskError, match="partial view"):
+            part.export(tmp_path / "beyond", 7 * S, 2 * S)
         for offset, length in ((0, S), (7 * S, 2 * S), (16 * S - 1, 2), (-S, S)):
             with pytest.raises(DiskError, match="partial view"):
                 part.read(offset, length)

@@ -10,6 +10,7 @@ from framework.disk import JournalReader, PrefixCache, TornSector, VolatileCache
 from framework.explore import confirm, explore
 from framework.explore.bulk import BulkOracle, judge_all, phases_of
 from framework.explore.deep import Deeper, judge_recovery
+from framework.explorer import DISHONEST, deeper_for
 
 MODELS = (PrefixCache(), VolatileCache(), TornSector())
 
@@ -29,7 +30,9 @@ def cut_again(recorded, folder, bug="", retry="", every=1):
         first = crash_class.representative
         journal = recovered(context, first, folder / f"{number}", bug, retry)
         phases = [phase for _, phase in phases_of(crash_class, context.timeline)]
-        deeper, broken, _ = judge_recovery(context, journal, first, phases, Deeper(models=MODELS))
+        (deeper,), broken, _ = judge_recovery(
+            context, journal, first, phases, Deeper(models=MODELS)
+        )
         yield broken, deeper.counts.states
 
 
@@ -69,6 +72,39 @@ def test_a_bug_of_the_recovery_is_caught_at_depth_two_only(
         if violation.invariant == invariant
     )
     assert next(caught).recovery, "the journal that shows it is kept"
+
+
+def on_a_card(recorded, folder, bug="", retry=""):
+    """Depth two under the models that a recording on an SD card is given there."""
+    context, found = recorded
+    deeper = deeper_for({"interfaces": {"vda": "sd"}}, {})
+    for number, crash_class in enumerate(found.classes[::20]):
+        first = crash_class.representative
+        journal = recovered(context, first, folder / f"{number}", bug, retry)
+        phases = [phase for _, phase in phases_of(crash_class, context.timeline)]
+        yield from judge_recovery(context, journal, first, phases, deeper)[1]
+
+
+def test_on_an_sd_card_an_honest_recovery_holds_and_what_the_card_loses_is_told_apart(
+    recorded, tmp_path
+):
+    found = list(on_a_card(recorded, tmp_path, retry="v2"))
+    assert {v.second.model for v in found} <= set(DISHONEST), "the card loses what it acknowledged"
+
+
+def test_on_an_sd_card_what_breaks_without_a_lie_does_not_pass_for_one(recorded, tmp_path):
+    """Planted: a commit that is acknowledged too early; both an honest card and a lying show it."""
+    found = on_a_card(recorded, tmp_path, "acknowledged-too-early")
+    assert {(3, "kept"), (3, "sd")} <= {(v.invariant, v.second.model) for v in found}
+
+
+def test_on_an_sd_card_a_switch_that_overtakes_its_image_is_caught(recorded, tmp_path):
+    found = on_a_card(recorded, tmp_path, "no-sync-before-switch", retry="v2")
+    assert (2, "sd") in {(v.invariant, v.second.model) for v in found}
+
+
+def test_elsewhere_the_second_cut_is_in_order_or_of_any_subset():
+    assert deeper_for({"interfaces": {"vda": "virtio"}}, {}) == deeper_for({}, {}) == Deeper()
 
 
 def test_a_recovery_that_writes_nothing_has_no_cuts_of_its_own(recorded, tmp_path):

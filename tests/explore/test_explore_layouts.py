@@ -248,6 +248,8 @@ def test_classes_beyond_the_limit_are_counted_and_not_kept(tmp_path):
     assert len(everything.classes) == everything.counts.classes == 13
     assert len(some.classes) == 5
     assert some.counts.states == everything.counts.states == 13
+    assert some.counts.unkept + 5 == some.counts.classes == 13
+    assert everything.counts.unkept == 0
 
 
 def test_writes_outside_of_every_region_are_counted(tmp_path):

@@ -58,6 +58,13 @@ def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
     assert judged["uboot"]["controls"] > 0
     assert judged["coldboot"]["looked_at"] == 2
     assert judged["depth two"]["looked_at"] == 1
+    assert judged["depth two"]["controls"] == 1
+    (depth,) = result["depth_two"]
+    assert depth["booted"] == 1 < depth["keys"] == 1 + len(depth["left"])
+    assert depth["retried"] == 1
+    assert depth["classes"] - depth["unknown"] == depth["covered"] + sum(
+        n for _, n in depth["left"]
+    )
     report = (tmp_path / "report.html").read_text()
     assert "<svg" in report
     assert not any(sign in report for sign in ("src=", "href=", "url(", "<script", "@import"))

@@ -13,7 +13,6 @@ what happens later.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from attrs import frozen
@@ -146,28 +145,13 @@ class ColdBootJudge:
             state.disks(self.context.journal) as disks,
             StateMachine(self.machine, disks, place) as machine,
         ):
-            return self.start(machine)
-
-    def start(
-        self,
-        machine: StateMachine,
-        patterns: Sequence[re.Pattern[str]] = (),
-        heard: Callable[[re.Match[str]], bool] | None = None,
-        reset: Callable[[], None] = lambda: None,
-    ) -> Heard:
-        """Boot a machine that is prepared; `heard` is told of further `patterns`' lines, too."""
-        signs = self._signs
-        return machine.run(
-            list(
-                dict.fromkeys(
-                    (signs.booting, signs.nothing, signs.ready, signs.data_lost, *patterns)
-                )
-            ),
-            BOOT_TIMEOUT_S,
-            stop_on=heard or (lambda match: match.re is signs.ready),
-            on_reset=reset,
-            max_starts=MAX_STARTS,
-        )
+            signs = self._signs
+            return machine.run(
+                [signs.booting, signs.nothing, signs.ready, signs.data_lost],
+                BOOT_TIMEOUT_S,
+                stop_on=lambda match: match.re is signs.ready,
+                max_starts=MAX_STARTS,
+            )
 
     def read(self, crash_class: CrashClass, state: CrashState, heard: Heard) -> Booted:
         """What a start came to.

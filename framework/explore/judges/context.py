@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from framework.disk import DiskError, JournalReader, Repair
 from framework.explore.describe import layout_from_values
 from framework.explore.layout import Layout
 from framework.explore.timeline import Timeline, read_timeline
+from framework.explore.views import Kinds
 from framework.verdict import ImageFacts
 
 
@@ -30,6 +31,7 @@ class Context:
         initial: the artifact that was committed when the recording began.
         slots: the slots' regions, by slot name (`a`, `b`).
         repair: how the device mends its data partition before it mounts it; None: not at all.
+        views: how files of the data partition look to who reads them (`framework.explore.views`).
     """
 
     journal: JournalReader
@@ -39,6 +41,7 @@ class Context:
     initial: str
     slots: Mapping[str, str]
     repair: Repair | None = None
+    views: Kinds = field(factory=dict)
 
     @classmethod
     def of(cls, journal: JournalReader, facts: Mapping[str, Any]) -> Context:
