@@ -131,11 +131,11 @@ def _tell(told: dict[str, Any]) -> None:
         f"""
   export LG_COORDINATOR={told["coordinator"]}
   labgrid-client places
-  export LG_PLACE={first["name"]}
-  labgrid-client acquire
+  eval "$(labgrid-client reserve --wait --shell name={first["name"]})"
+  labgrid-client -p + lock
   brownout rig check {first["rig"]} --live
   pytest scenarios -m smoke --lg-env {first["rig"]}
-  labgrid-client release
+  labgrid-client -p + unlock
 
   brownout bench fault pull-out 1 --control {told["control"]}
 

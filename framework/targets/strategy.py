@@ -300,6 +300,15 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             )
         return pump
 
+    def leave_shell(self) -> None:
+        """The device is about to restart behind the shell's back: the next command logs in anew."""
+        self._drop_shell()
+
+    @property
+    def first_sign(self) -> Marker:
+        """The first thing that every start prints."""
+        return self._banner
+
     def boot(self, budget_s: float | None = None, *, adopt: bool = True) -> BootOutcome:
         """Power the device up from `off` (or after a cut) and see what it does.
 

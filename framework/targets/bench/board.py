@@ -49,7 +49,7 @@ class BenchOptions:
 
     rig: Path = Path("rigs/qemu-arm64.yaml")
     cache: str = field(default="subset", validator=validators.in_(MODELS))
-    line: Line = Line()
+    line: Line = field(factory=Line)
     seed: int = 1
 
 
@@ -70,9 +70,7 @@ class BenchBoard:
         if target is None:
             raise RigError(f"{options.rig}: has no target 'main'")
         with _steps:
-            self._machine: RecordedQEMUDriver = target.get_driver(
-                RecordedQEMUDriver, activate=True
-            )
+            self._machine: RecordedQEMUDriver = target.get_driver(RecordedQEMUDriver, activate=True)
         self.serial = VirtualSerialPort(
             Path(f"/dev/shm/brownout-{os.getpid()}-{number}"),  # noqa: S108 - see serial_port
             options.line,

@@ -239,9 +239,7 @@ class VirtualBench:
                 "aliases": [],
                 "comment": f"virtual board, {place.head.sold_as}",
                 "tags": {"board": "bench", "head": place.head.name, "name": place.name},
-                "matches": [
-                    {"exporter": EXPORTER, "group": place.name, "cls": "*", "name": None}
-                ],
+                "matches": [{"exporter": EXPORTER, "group": place.name, "cls": "*", "name": None}],
                 "created": now,
                 "changed": now,
             }

@@ -7,10 +7,10 @@ As Tasmota does: an empty command asks for the state, `tele/plugN/LWT` is retain
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 from framework.targets.bench.board import BenchBoard
 from framework.targets.errors import RigError
@@ -29,7 +29,7 @@ class TasmotaPlug:
         self._command, self._status = f"cmnd/{name}/POWER", f"stat/{name}/POWER"
         self._alive = f"tele/{name}/LWT"
         self._ready = threading.Event()
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2)
         self._client.will_set(self._alive, "Offline", retain=True)
         self._client.on_connect = self._connected
         self._client.on_message = self._told
@@ -46,12 +46,10 @@ class TasmotaPlug:
     def _told(self, client: mqtt.Client, _: Any, message: mqtt.MQTTMessage) -> None:
         """A command; carried out on a thread, so that one that hangs leaves the plug connected."""
         wanted = message.payload.decode(errors="replace").upper()
-        act: Callable[[], None] = lambda: None
-        if wanted in ("ON", "OFF", "1", "0"):
-            act = lambda: self._board.switch(wanted in ("ON", "1"))  # noqa: E731
 
         def obey() -> None:
-            act()
+            if wanted in ("ON", "OFF", "1", "0"):
+                self._board.switch(wanted in ("ON", "1"))
             client.publish(self._status, "ON" if self._board.relay() else "OFF")
 
         threading.Thread(target=obey, name="tasmota", daemon=True).start()
