@@ -32,6 +32,7 @@ from framework.explorer import (
     run_record,
 )
 from framework.report import ResultError, ResultStore, write_report
+from framework.rig_cli import rig
 from framework.scenario.bench import BenchError
 from framework.targets.errors import InfrastructureError, RigError, SimulationError
 
@@ -638,6 +639,7 @@ def reproduce(  # noqa: PLR0917 - click passes them by name
 
 
 cli.add_command(bench)
+cli.add_command(rig)
 
 
 @cli.group()

@@ -82,8 +82,14 @@ class BenchBoard:
     # -- the relay ----------------------------------------------------------------------------
 
     def relay(self) -> bool:
-        """What the power head says of its contact."""
+        """What the power head says of its contact.
+
+        InfrastructureError if the emulation behind it broke down: then the bench is ill and not
+        the board, and every head says so by failing.
+        """
         self._wait_if_hung()
+        if self._on and self._machine.failure is not None:
+            raise InfrastructureError(self._machine.failure)
         return self._on
 
     def switch(self, on: bool) -> None:
