@@ -238,7 +238,12 @@ class VirtualBench:
             place.name: {
                 "aliases": [],
                 "comment": f"virtual board, {place.head.sold_as}",
-                "tags": {"board": "bench", "head": place.head.name, "name": place.name},
+                "tags": {
+                    "board": "bench",
+                    "head": place.head.name,
+                    "health": "ok",
+                    "name": place.name,
+                },
                 "matches": [{"exporter": EXPORTER, "group": place.name, "cls": "*", "name": None}],
                 "created": now,
                 "changed": now,
