@@ -58,15 +58,21 @@ def shell(text: str) -> None:
     if text.startswith("reboot"):
         os.execv(sys.executable, [sys.executable, "-S", "-E", __file__, variant])
     command = f"sh -c {run[3]}" if run else text
-    ended = subprocess.run(
-        ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    output = (ended.stdout + ended.stderr).decode(errors="replace").replace("\n", "\r\n")
+    if not run and text.startswith("run()"):
+        return
+    marker = run[1] + run[2] if run else ""
+    say(marker)
+    with subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as child:
+        assert child.stdout is not None
+        while data := os.read(child.stdout.fileno(), 4096):
+            say(data.decode(errors="replace").replace("\n", "\r\n"))
     if run:
-        marker = run[1] + run[2]
-        say(f"{marker}{output}{marker} {ended.returncode}\r\n")
-    elif not text.startswith("run()"):
-        say(output)
+        say(f"{marker} {child.returncode}\r\n")
 
 
 variant = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Desk, RunningBench, free_port
+from bench_desk import Desk, RunningBench, free_port
 
 from framework.targets.bench.heads import HEADS, Addresses
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Desk
+from bench_desk import Desk
 
 from framework.console import ConsoleLost, Line
 from framework.targets.bench import serial_port

@@ -32,6 +32,7 @@ __all__ = ["BenchBoard", "BenchOptions"]
 
 _POLL_S = 0.2
 _HANG_S = 3600.0
+_STARVED_S = 30.0
 #: labgrid's steps are one global stack without a lock (its issue 1851).
 _steps = threading.Lock()
 
@@ -65,6 +66,7 @@ class BenchBoard:
         self.hangs = threading.Event()
         self._closed = threading.Event()
         self._on = False
+        self._on_since = time.monotonic()
         self._lock = threading.RLock()
         target = load_rig(options.rig).get_target("main")
         if target is None:
@@ -84,12 +86,20 @@ class BenchBoard:
     def relay(self) -> bool:
         """What the power head says of its contact.
 
-        InfrastructureError if the emulation behind it broke down: then the bench is ill and not
-        the board, and every head says so by failing.
+        InfrastructureError if the emulation behind it broke down, or hardly ran on a busy host:
+        then the bench is ill and not the board, and every head says so by failing.
         """
         self._wait_if_hung()
         if self._on and self._machine.failure is not None:
             raise InfrastructureError(self._machine.failure)
+        if self._on:
+            since = max(self._on_since, time.monotonic() - 2 * _STARVED_S)
+            starved = self._machine.starved_s(since)
+            if starved > _STARVED_S:
+                raise InfrastructureError(
+                    f"the host is too busy: it kept {self.name} from running for {starved:.0f} s "
+                    f"of the last {2 * _STARVED_S:.0f} s"
+                )
         return self._on
 
     def switch(self, on: bool) -> None:
@@ -102,6 +112,7 @@ class BenchBoard:
             if self.stuck and not on:
                 return  # the contact is welded: the head believes what it did
             if on:
+                self._on_since = time.monotonic()
                 self.serial.power_rises()
                 with _steps:
                     self._machine.on()

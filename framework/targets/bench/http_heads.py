@@ -94,7 +94,7 @@ class HttpHeads(ThreadingHTTPServer):
         try:
             asked = json.loads(body)
             method, parameters = asked["method"], asked["params"]
-            board = self.boards[parameters["id"]]
+            board = self.boards[int(parameters["id"])]  # labgrid sends it as a text
         except (ValueError, KeyError, TypeError):
             return 400, "no such switch"
         was = board.relay()

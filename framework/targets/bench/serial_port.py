@@ -62,6 +62,7 @@ class VirtualSerialPort:
         self.path = path
         self.line = line
         self.unread_bytes = 0
+        self._full = False
         self._received = received
         self._random = random.Random(line.seed)  # noqa: S311 - noise, not secrets
         self._lock = threading.Lock()
@@ -137,7 +138,7 @@ class VirtualSerialPort:
         return bytes(kept)
 
     def _put(self, data: bytes) -> None:
-        deadline = time.monotonic() + _UNREAD_S
+        deadline = time.monotonic() + (0.0 if self._full else _UNREAD_S)
         while data:
             with self._lock:
                 master = self._master
@@ -146,6 +147,7 @@ class VirtualSerialPort:
                     return
                 try:
                     data = data[os.write(master, data) :]
+                    self._full = False
                     continue
                 except BlockingIOError:
                     pass
@@ -153,6 +155,7 @@ class VirtualSerialPort:
                     self.unread_bytes += len(data)
                     return
             if time.monotonic() > deadline:  # nobody reads: an adapter drops, and so do we
+                self._full = True
                 self.unread_bytes += len(data)
                 return
             with contextlib.suppress(OSError, ValueError):
