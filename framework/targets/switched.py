@@ -20,6 +20,7 @@ What a board's drive keeps of its cache is its own affair: no cache model, no re
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import threading
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import attr
+from labgrid.binding import BindingState
 from labgrid.driver.common import Driver
 from labgrid.factory import target_factory
 from labgrid.protocol import DigitalOutputProtocol, PowerProtocol
@@ -87,6 +89,7 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
         self.cycles = 0
         self.last_cut_between_s: tuple[float, float] | None = None
         self._lock = threading.RLock()
+        self._order = threading.Lock()
         self._off_since = time.monotonic()
         self._asked: threading.Thread | None = None
         self._cutting: threading.Thread | None = None
@@ -137,9 +140,16 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
         """Switch off; whoever wants to be sure waits for the console's silence, too."""
         with self._lock:
             self.settle()
-            self._open_console()
-            self._ask("off")
+            self._ask("off")  # first: a serial line that is gone must not keep the power on
             self._off_since = time.monotonic()
+            self._open_console()
+
+    def force_off(self) -> None:
+        """Take the power from a board whose console can't be had; whether it worked is unknown."""
+        with contextlib.suppress(Exception):
+            if self.switch.state is not BindingState.active:
+                self.target.activate(self.switch)
+            self._ask("off")
 
     @Driver.check_active  # type: ignore[untyped-decorator, unused-ignore]
     def cycle(self) -> None:
@@ -198,7 +208,21 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
         return self._within("the power head", _plain(self.switch, what), self.switch_timeout_s)
 
     def _within(self, who: str, action: Callable[[], Any], timeout_s: float) -> Any:
-        """The answer to `action`, or InfrastructureError if there is none in time."""
+        """The answer to `action`, or InfrastructureError if there is none in time.
+
+        One order at a time: a cut's thread may want the head while it is being asked.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._order.acquire(timeout=timeout_s):
+            raise InfrastructureError(f"{who} did not answer within {timeout_s:g} s")
+        try:
+            return self._answer(who, action, deadline, timeout_s)
+        finally:
+            self._order.release()
+
+    def _answer(
+        self, who: str, action: Callable[[], Any], deadline: float, timeout_s: float
+    ) -> Any:
         if self._asked is not None and self._asked.is_alive():
             raise InfrastructureError(f"{who} still owes the answer to an earlier order")
         answer: list[Any] = []
@@ -212,7 +236,7 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
 
         self._asked = asked = threading.Thread(target=run, name=who, daemon=True)
         asked.start()
-        asked.join(timeout_s)
+        asked.join(max(0.0, deadline - time.monotonic()))
         if asked.is_alive():
             raise InfrastructureError(f"{who} did not answer within {timeout_s:g} s")
         if failed:

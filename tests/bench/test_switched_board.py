@@ -83,7 +83,9 @@ def test_a_relay_that_sticks_is_noticed_by_the_console(desk: Desk, rig: Rig) -> 
     board = desk.board(variant="chatty")
     strategy = rig(board).get_strategy()
     strategy.transition("off")
+    since = strategy.pump.position
     board.switch(True)
+    strategy.pump.wait_for("still here", 60, since)
     board.weld(True)
     strategy.invalidate()
     with pytest.raises(InfrastructureError, match="still talks after power"):
@@ -95,7 +97,9 @@ def test_a_relay_that_sticks_makes_no_cut(desk: Desk, rig: Rig) -> None:
     strategy = rig(board).get_strategy()
     strategy.transition("off")
     board.weld(True)
+    since = strategy.pump.position
     strategy.power.on()
+    strategy.pump.wait_for("still here", 60, since)
     strategy.power.trip("cut now")
     strategy.power.settle()
     assert strategy.power.power_loss is None
@@ -115,7 +119,7 @@ def test_a_head_that_hangs_is_infrastructure_and_not_for_ever(desk: Desk, rig: R
         strategy.transition("off")
     assert time.monotonic() - began < 20
     with pytest.raises(InfrastructureError, match="still owes the answer"):
-        strategy.power.on()
+        strategy.transition("off")
     board.hangs.clear()
     deadline = time.monotonic() + 20
     while strategy.power._asked.is_alive() and time.monotonic() < deadline:
@@ -133,6 +137,35 @@ def test_a_head_that_hangs_in_a_cut_is_infrastructure(desk: Desk, rig: Rig) -> N
     threading.Timer(0.3, lambda: strategy.power.trip("cut")).start()
     with pytest.raises(InfrastructureError, match="did not answer"):
         strategy.run("sleep 200", 90)
+
+
+def test_a_cut_waits_for_an_order_that_is_being_answered(desk: Desk, rig: Rig) -> None:
+    board = desk.board()
+    strategy = rig(board).get_strategy()
+    strategy.transition("ready")
+    board.hangs.set()
+    asking = threading.Thread(target=strategy.power.get, daemon=True)
+    asking.start()
+    strategy.power.trip("cut while it is asked")
+    time.sleep(0.3)
+    assert board.process is not None
+    board.hangs.clear()
+    assert strategy.power.power_lost.wait(30), strategy.power.failure
+    asking.join(30)
+    assert board.process is None
+
+
+def test_a_serial_line_that_is_gone_keeps_no_power_on(desk: Desk, rig: Rig) -> None:
+    board = desk.board()
+    strategy = rig(board).get_strategy()
+    strategy.transition("ready")
+    board.serial.pull_out()
+    deadline = time.monotonic() + 20
+    while strategy.pump.gone is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(InfrastructureError, match=r"cannot be (used|opened)"):
+        strategy.transition("off")
+    assert not board.on
 
 
 def test_a_head_that_is_gone_is_infrastructure(desk: Desk, rig: Rig) -> None:
