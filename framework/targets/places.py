@@ -22,7 +22,7 @@ from framework.targets.errors import InfrastructureError, RigError
 __all__ = ["HEALTHY", "QUARANTINED", "Place", "Places", "parse_places"]
 
 HEALTHY, QUARANTINED = "ok", "quarantine"
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 _TOKEN = re.compile(r"^export LG_TOKEN=(\S+)", re.MULTILINE)
 
 

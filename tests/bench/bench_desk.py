@@ -136,6 +136,7 @@ class RunningBench:
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [
+                    *("setpriv", "--pdeathsig", "TERM", "--"),  # also where pytest is killed
                     *(str(Path(sys.executable).with_name("brownout")), "bench", "up"),
                     *("--port", "0", "--state", str(state), "--log", str(folder / "log"), *options),
                 ],

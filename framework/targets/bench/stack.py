@@ -32,7 +32,7 @@ from framework.targets.bench.heads import HEADS, Addresses, Head
 from framework.targets.bench.http_heads import HttpHeads, serve_http
 from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.process import MachineProcess
-from framework.targets.rundir import RunDirectory, programs_of, sweep
+from framework.targets.rundir import RunDirectory, programs_of, start_time, sweep
 
 __all__ = ["BenchPlace", "VirtualBench", "find_peer"]
 
@@ -40,6 +40,7 @@ EXPORTER = "bench"
 MQTT_PORT = 1883  # labgrid's Tasmota driver knows no other
 COORDINATOR_PORT = 20408
 RESOURCES_PER_BOARD = 3
+LINKS = Path("/dev/shm")  # noqa: S108 - see serial_port
 _READY_S = 30.0
 _GENTLE_S = 3.0
 
@@ -115,6 +116,7 @@ class VirtualBench:
 
     def _start(self) -> None:
         sweep()
+        _sweep_links()
         self._run = RunDirectory.create()
         self._stack.callback(self._run.remove)
         self._stack.callback(self._end_programs)
@@ -316,6 +318,14 @@ class VirtualBench:
     def settings(self, place: BenchPlace) -> Mapping[str, str]:
         """The environment variables with which labgrid's clients find a place."""
         return {"LG_COORDINATOR": self.coordinator, "LG_PLACE": place.name}
+
+
+def _sweep_links() -> None:
+    """Remove the serial ports' links of benches that were killed."""
+    for link in LINKS.glob("brownout-*-*"):
+        owner = link.name.split("-")[1]
+        if link.is_symlink() and owner.isdigit() and start_time(int(owner)) is None:
+            link.unlink(missing_ok=True)
 
 
 def _labgrid(program: str) -> str:
