@@ -108,7 +108,7 @@ def test_every_kind_of_head_switches_a_machine_by_way_of_the_coordinator(
 def test_ctrl_c_leaves_nothing(bench_up: Callable[..., RunningBench]) -> None:
     from framework.targets.rundir import base_directory
 
-    bench = bench_up("--boards", "1", "--head", "apc", "--head", "tasmota")
+    bench = bench_up("--boards", "2", "--head", "apc", "--head", "tasmota")
     told = facts(bench)
     mine = [p for p in base_directory().iterdir() if f"m-{bench.process.pid}-" in p.name]
     assert mine
