@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 
 from framework import replayer
+from framework.bench_cli import bench
 from framework.campaign import BundleError, CampaignError
 from framework.campaign.models import CACHE_MODELS
 from framework.demo import DemoError, run_demo
@@ -31,6 +32,7 @@ from framework.explorer import (
     run_record,
 )
 from framework.report import ResultError, ResultStore, write_report
+from framework.rig_cli import rig
 from framework.scenario.bench import BenchError
 from framework.targets.errors import InfrastructureError, RigError, SimulationError
 
@@ -644,6 +646,10 @@ def reproduce(  # noqa: PLR0917 - click passes them by name
     search = Search(recordings, bases, ledgers, parse_models(models), rig, runs, seed, top)
     if not run_reproduce(support_bundle, search, output, Console()):
         raise SystemExit(EXIT_NOT_HELD)
+
+
+cli.add_command(bench)
+cli.add_command(rig)
 
 
 @cli.group()

@@ -258,10 +258,14 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
             run_seed = int(request.config.getoption("brownout_seed"))
             request.node.stash[COLLECTOR] = Collector(bundles, rig, run_seed, made)
 
+    base = _variant(request, "base", DEFAULT_BASE)
+    golden = getattr(bench.machine, "golden", base)
+    if base != golden:
+        pytest.skip(f"begins with {base}, and this board's recovery writes {golden}")
     with staged_device(
         bench,
         proxy,
-        _variant(request, "base", DEFAULT_BASE),
+        base,
         say=say,
         step=allure.step,
         managed=request.node.get_closest_marker("managed") is not None,

@@ -144,6 +144,18 @@ class ConsolePumpDriver(
         self._pump.attach(ConsoleDriverTransport(self.port))
         self.skip_to(self._pump.position)
 
+    def reconnect(self) -> None:
+        """Open the port below again and go on draining, if the console was lost.
+
+        Raises what the driver below raises if its port cannot be opened.
+        """
+        if self.pump.gone is None:
+            return
+        self.port.close()
+        self.port.open()
+        self.pump.attach(ConsoleDriverTransport(self.port))
+        self.skip_to(self.pump.position)
+
     def on_deactivate(self) -> None:
         """Stop draining, and end every wait."""
         self.pump.lost("the console was deactivated")

@@ -49,6 +49,10 @@ class Fault:
         """The labgrid features that fault and trigger need."""
         return self.needs | features_of(self.trigger)
 
+    def lacks(self, features: frozenset[str]) -> frozenset[str]:
+        """What a rig with these features lacks for it."""
+        return self.features() - features
+
     def __str__(self) -> str:
         """The fault as a sentence."""
         when = "" if self.trigger is None else f" {self.trigger}"

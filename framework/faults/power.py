@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from attrs import field, frozen, validators
 
 from framework.disk import MODELS, CacheModel, TornSector
-from framework.faults.base import Fault
+from framework.faults.base import Fault, features_of
 from framework.faults.errors import FaultError
 
 CacheModelName = Literal[
@@ -48,6 +48,15 @@ class PowerCut(Fault):
     def what(self) -> str:
         """What goes wrong."""
         return "power cut"
+
+    def lacks(self, features: frozenset[str]) -> frozenset[str]:
+        """A power head is enough, where nobody asks what the drive kept or counts its operations.
+
+        A board's drive keeps what it keeps: there `kept` names no model.
+        """
+        missing = super().lacks(features)
+        exact = self.model != "kept" or not self.needs.isdisjoint(features_of(self.trigger))
+        return missing if exact or "power-switch" not in features else missing - self.needs
 
     def details(self) -> str:
         """The cache model."""

@@ -258,10 +258,10 @@ class Pending:
 
 def missing_features(faults: Iterable[object], features: frozenset[str]) -> frozenset[str]:
     """What a rig lacks for the faults and triggers among the parameters of a scenario."""
-    needed = frozenset[str]()
+    missing = frozenset[str]()
     for one in faults:
         if isinstance(one, Fault):
-            needed |= one.features()
+            missing |= one.lacks(features)
         elif isinstance(one, Trigger):
-            needed |= features_of(one)
-    return needed - features
+            missing |= features_of(one) - features
+    return missing

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define
+from attrs import define, evolve
 
+from framework.scenario.board import BoardDevice
 from framework.scenario.device import Device, Machine, Strategy, Update
 from framework.scenario.managed import ManagedDevice
 from framework.scenario.management import SERVER_NAME, ManagementServer
 from framework.scenario.manifest import ManifestError, TargetManifest
 from framework.targets.errors import RigError
 from framework.targets.rig import load_rig
+from framework.targets.switched import SwitchedBoardDriver
 from framework.targets.uut import (
     ArtifactServer,
     BrownoutUpdater,
@@ -46,6 +48,7 @@ class Bench:
         server: the TLS server, with the artifacts.
         uut: the updater under test.
         key: the private key that signs artifacts.
+        rig: the rig's name.
     """
 
     machine: Machine
@@ -55,6 +58,7 @@ class Bench:
     uut: UpdaterUnderTest
     artifacts: Path
     key: Path
+    rig: str
     _management: ManagementServer | None = None
 
     def manifest(self, base: str) -> TargetManifest:
@@ -88,6 +92,11 @@ class Bench:
         read_data = getattr(self.machine, "read_data", None)
         if read_data is not None:
             common["data_reader"] = read_data
+        if isinstance(self.machine, SwitchedBoardDriver):
+            if managed:
+                raise RigError("a board behind a power head has no managed scenarios yet")
+            common["manifest"] = evolve(manifest, target=self.rig)
+            return BoardDevice(**common, disks=self.machine.disks)
         if managed:
             return ManagedDevice(**common, server=self.management())
         return Device(**common)
@@ -162,7 +171,9 @@ def _open(target_name: str, find_target: Callable[[], Any], variants: Sequence[s
         strategy: Any = find_target().get_strategy()
         strategy.transition("off")
         machine: Any = strategy.power
-        if not built:
+        if isinstance(machine, SwitchedBoardDriver):
+            images = build_target(machine.recipe, variants, relock_if_gone=True)
+        elif not built:
             images = _stock_of(machine, target_name, variants)
         keys = images.directory.parent / "keys"
         artifacts = images.directory / ARTIFACT_FOLDER
@@ -171,7 +182,14 @@ def _open(target_name: str, find_target: Callable[[], Any], variants: Sequence[s
     except (ImageError, ManifestError, RigError, UutError, OSError) as error:
         raise BenchError(str(error)) from error
     bench = Bench(
-        machine, strategy, images, server, BrownoutUpdater(), artifacts, keys / "artifact.key"
+        machine=machine,
+        strategy=strategy,
+        images=images,
+        server=server,
+        uut=BrownoutUpdater(),
+        artifacts=artifacts,
+        key=keys / "artifact.key",
+        rig=target_name,
     )
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)

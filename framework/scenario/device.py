@@ -338,13 +338,7 @@ class Device:
         """Read slots and boot environment from the disk."""
         seen = look(moment, self.machine.recorder.disk, self.manifest, self.images.values())
         self._event(seen)
-        slots = ", ".join(f"{name}: {state}" for name, state in seen.slots.items())
-        env = seen.environment
-        trial = f", on trial {env.bootcount}/{env.bootlimit}" if env.upgrade_available else ""
-        self.note(
-            "disk",
-            f"{moment}: {slots}; boots {env.boot_slot}{trial} ({env.valid_copies} valid copies)",
-        )
+        self._note_look(seen)
         return seen
 
     def check_data(self) -> None:
@@ -395,6 +389,16 @@ class Device:
         self.moments.append(Moment(self.elapsed_s, source, text))
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _note_look(self, seen: DiskSeen) -> None:
+        slots = ", ".join(f"{name}: {state}" for name, state in seen.slots.items())
+        env = seen.environment
+        trial = f", on trial {env.bootcount}/{env.bootlimit}" if env.upgrade_available else ""
+        self.note(
+            "disk",
+            f"{seen.moment}: {slots}; boots {env.boot_slot}{trial} "
+            f"({env.valid_copies} valid copies)",
+        )
 
     def _install(self, update: Update, timeout_s: float) -> InstallEnded:
         self._step_began = self.machine.pump.position

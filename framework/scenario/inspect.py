@@ -98,14 +98,15 @@ def boot_environment(open_disk: OpenDisk, manifest: TargetManifest) -> BootEnvir
                     for extent, path in zip(extents, manifest.environment_paths, strict=True)
                 ]
             )
-            return _reduce(grub.valid_copies, grub.variables, manifest)
+            return reduce_environment(grub.valid_copies, grub.variables, manifest)
         uboot = read_environment(disk, [(copy.offset, copy.length) for copy in extents])
-        return _reduce(uboot.valid_copies, uboot.variables, manifest)
+        return reduce_environment(uboot.valid_copies, uboot.variables, manifest)
 
 
-def _reduce(
+def reduce_environment(
     valid_copies: int, variables: Mapping[str, str], manifest: TargetManifest
 ) -> BootEnvironment:
+    """The copy that counts, as a verdict needs it."""
     part = variables.get("mender_boot_part", "")
     numbers = {str(number): slot for slot, number in manifest.slot_numbers.items()}
     return BootEnvironment(

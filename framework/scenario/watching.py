@@ -79,7 +79,7 @@ def check_features(fault: Fault, features: frozenset[str], rig: str) -> None:
     Raises:
         MissingFeatureError: it names the features that the rig lacks.
     """
-    missing = sorted(fault.features() - features)
+    missing = sorted(fault.lacks(features))
     if missing:
         raise MissingFeatureError(
             f"{fault}: needs the feature {', '.join(missing)}, which the rig {rig} does not have"

@@ -18,10 +18,18 @@ import labgrid
 from labgrid.exceptions import InvalidConfigError, NoConfigFoundError
 from labgrid.factory import TargetFactory, target_factory
 
-from framework.targets.errors import RigError
+from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.machine import refuse_unknown
 
-__all__ = ["check_keys", "check_rig", "load_rig"]
+__all__ = [
+    "check_entry",
+    "check_keys",
+    "check_rig",
+    "is_remote",
+    "load_rig",
+    "open_target",
+    "rig_features",
+]
 
 _TOP = ("targets", "features", "imports", "images", "paths", "tools", "options")
 _TARGET = ("resources", "drivers", "features", "options")
@@ -53,9 +61,30 @@ def _check_section(where: str, section: object, classes: Mapping[str, type]) -> 
     for place, name, arguments in _entries(where, section):
         if name not in classes:
             refuse_unknown(where, [name], classes)
-        fields = [field.name for field in attr.fields(classes[name])]
-        known = [key for key in fields if key not in _NOT_FROM_YAML and not key.startswith("_")]
-        refuse_unknown(place, arguments, (*known, *_COMMON))
+        check_entry(place, classes[name], arguments)
+
+
+def check_entry(where: str, cls: type, arguments: Mapping[str, Any]) -> None:
+    """`RigError` for the first key that a resource or driver does not know, lacks or refuses."""
+    fields = [field for field in attr.fields(cls) if field.name not in _NOT_FROM_YAML]
+    known = [field.name for field in fields if not field.name.startswith("_")]
+    refuse_unknown(where, arguments, (*known, *_COMMON))
+    for field in fields:
+        if field.name in arguments:
+            _check_value(f"{where}.{field.name}", field, arguments[field.name])
+        elif field.default is attr.NOTHING and field.name not in _COMMON:
+            raise RigError(f"{where}: has no {field.name!r}, which {cls.__name__} needs")
+
+
+def _check_value(where: str, field: attr.Attribute[Any], value: object) -> None:
+    """As attrs will do it, but with the file's and the key's name."""
+    try:
+        converted = field.converter(value) if callable(field.converter) else value
+        if field.validator is not None:
+            field.validator(None, field, converted)
+    except (TypeError, ValueError) as error:
+        wanted = f"{error.args[0]}" if error.args else str(error)
+        raise RigError(f"{where}: {value!r}: {wanted}") from error
 
 
 def check_keys(filename: str, data: object) -> None:
@@ -114,18 +143,45 @@ def rig_features(path: Path | str) -> frozenset[str]:
     return frozenset(environment.get_features() | environment.get_target_features())
 
 
-def check_rig(path: Path | str, role: str = "main") -> None:
-    """Check a rig as far as that goes without starting anything: keys, programs, images, ports.
+def is_remote(environment: labgrid.Environment) -> bool:
+    """Whether a rig's boards are lent by a coordinator: making its targets asks for them."""
+    targets = environment.config.data["targets"].values()
+    return any(
+        name == "RemotePlace"
+        for target in targets
+        for _, name, _ in _entries("", target.get("resources"))
+    )
 
-    Raises `RigError`.
+
+def open_target(path: Path | str, role: str = "main") -> labgrid.Target:
+    """The target of a rig, lent by its coordinator if it is. Raises RigError, InfrastructureError.
+
+    labgrid tells of a coordinator that is away, or a place that is not locked, in many ways.
     """
     environment = load_rig(path)
     try:
         target = environment.get_target(role)
     except InvalidConfigError as error:
         raise RigError(f"{path}: {error.msg}") from error
+    except Exception as error:
+        if not is_remote(environment):
+            raise
+        said = " ".join(str(getattr(error, "msg", error)).split()) or type(error).__name__
+        raise InfrastructureError(f"{path}: the place can't be used: {said}") from error
     if target is None:
         raise RigError(f"{path}: has no target {role!r}")
+    return target
+
+
+def check_rig(path: Path | str, role: str = "main") -> None:
+    """Check a rig as far as that goes without starting anything: keys, programs, images, ports.
+
+    Of a place that a coordinator lends only the file is checked. Raises `RigError`.
+    """
+    environment = load_rig(path)
+    if is_remote(environment):
+        return
+    target = open_target(path, role)
     for driver in target.drivers:
         preflight = getattr(driver, "preflight", None)
         if callable(preflight):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from framework.targets.errors import RigError
 
-__all__ = ["RunDirectory", "base_directory", "start_time", "sweep"]
+__all__ = ["RunDirectory", "base_directory", "programs_of", "start_time", "sweep"]
 
 _SOCKET_PATH_LIMIT = 107
 _ROOM_FOR_NAMES = 70  # the directory's own name and a socket's below the base
@@ -95,7 +95,7 @@ def _owner_lives(name: re.Match[str]) -> bool:
     return name["boot"] == _boot() and start_time(int(name["pid"])) == int(name["start"])
 
 
-def _programs_of(path: Path) -> list[int]:
+def programs_of(path: Path) -> list[int]:
     """The living processes that were started for run directory `path` (proc(5), environ)."""
     wanted = f"{_VARIABLE}={path}".encode()
     found: list[int] = []
@@ -115,7 +115,7 @@ def sweep() -> list[Path]:
         name = _OWNED.fullmatch(path.name)
         if name is None or path.is_symlink() or _owner_lives(name):
             continue
-        for pid in _programs_of(path):
+        for pid in programs_of(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(path, ignore_errors=True)

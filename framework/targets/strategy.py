@@ -246,7 +246,13 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
 
     def state_off(self) -> None:
         """Without power, verified."""
-        self._activate(self.power)
+        try:
+            self._activate(self.power)
+        except InfrastructureError:
+            force_off = getattr(self.power, "force_off", None)
+            if force_off is not None:
+                force_off()
+            raise
         self.power.off()
         if self._power() is True:
             raise InfrastructureError("the power switch says 'on' after it was switched off")
@@ -299,6 +305,15 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                 f"{self.console} has no console pump: put a ConsolePumpDriver over it in the rig"
             )
         return pump
+
+    def leave_shell(self) -> None:
+        """The device is about to restart behind the shell's back: the next command logs in anew."""
+        self._drop_shell()
+
+    @property
+    def first_sign(self) -> Marker:
+        """The first thing that every start prints."""
+        return self._banner
 
     def boot(self, budget_s: float | None = None, *, adopt: bool = True) -> BootOutcome:
         """Power the device up from `off` (or after a cut) and see what it does.
@@ -416,8 +431,13 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
     # -- inside ------------------------------------------------------------------------------
 
     def _activate(self, driver: Any) -> None:
-        if driver.state is not BindingState.active:
+        if driver.state is BindingState.active:
+            return
+        try:
             self.target.activate(driver)
+        except OSError as error:  # pyserial's and requests' errors are such, too
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InfrastructureError(f"{driver} cannot be used: {said}") from error
 
     def _power(self) -> bool | None:
         """What the power switch says; None if it cannot tell."""

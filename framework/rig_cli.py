@@ -1,0 +1,115 @@
+"""`brownout rig`: check rig files without hardware, boards with it, and mark the sick ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from framework.targets.errors import InfrastructureError, RigError
+
+EXIT_NOT_FIT = 1
+
+
+@click.group()
+def rig() -> None:
+    """Check rig files and boards."""
+
+
+@rig.command("check")
+@click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--live", is_flag=True, help="also check the board, which must be yours (locked)")
+@click.option("--cycles", type=click.IntRange(1, 1000), default=3, show_default=True)
+@click.option(
+    "--quarantine",
+    is_flag=True,
+    help="with --live: tag the place `health=quarantine` if it fails, `health=ok` if it passes",
+)
+def rig_check(files: tuple[Path, ...], live: bool, cycles: int, quarantine: bool) -> None:
+    """Check environment and exporter files: every key and value; nothing is started.
+
+    With --live, switch the board of the one environment off and on and say what it can do.
+    Exit codes: 0 fit, 1 the board is not fit, 2 a file is wrong or the rig can't be used.
+
+    Example: brownout rig check rigs/bench.yaml --live --quarantine
+    """
+    # Here: they import every driver.
+    from framework.targets.exports import check_exporter, is_exporter  # noqa: PLC0415
+    from framework.targets.rig import check_rig, is_remote, load_rig  # noqa: PLC0415
+
+    if live and len(files) != 1:
+        raise RigError("--live checks one rig at a time")
+    if quarantine and not live:
+        raise RigError("--quarantine needs --live")
+    for path in files:
+        if is_exporter(path):
+            if live:
+                raise RigError(f"{path}: is an exporter's file; --live takes an environment")
+            click.echo(f"{path}: good, exports {check_exporter(path)} resources")
+            continue
+        check_rig(path)
+        lent = ", its board is lent by a coordinator" if is_remote(load_rig(path)) else ""
+        click.echo(f"{path}: good{lent}")
+    if live and not _check_live(files[0], cycles, quarantine):
+        raise SystemExit(EXIT_NOT_FIT)
+
+
+def _check_live(path: Path, cycles: int, quarantine: bool) -> bool:
+    """Check the board of a rig; whether it is fit."""
+    from framework.targets.health import check_board, strategy_of  # noqa: PLC0415
+    from framework.targets.places import Places  # noqa: PLC0415
+    from framework.targets.rig import open_target, rig_features  # noqa: PLC0415
+
+    places = Places()
+    name = place_name(path)
+    if quarantine and not name:
+        raise RigError(f"{path}: no coordinator lends its board, so nothing can be tagged")
+    place = places.find(name).name if name else ""
+    try:
+        strategy = strategy_of(open_target(path))
+        findings = check_board(
+            strategy, rig_features(path), cycles=cycles, say=lambda f: click.echo(str(f))
+        )
+        failed = [finding for finding in findings if finding.held is False]
+        reason = failed[0].question + ": " + failed[0].fact if failed else ""
+    except InfrastructureError as error:
+        if not quarantine:
+            raise
+        reason = str(error)
+    if quarantine:
+        if reason:
+            places.quarantine(place, reason)
+            click.echo(f"{place}: quarantined: {reason}")
+        else:
+            places.heal(place)
+    return not reason
+
+
+def place_name(path: Path) -> str:
+    """The name of the place that a rig's board is lent as; empty if it is not lent."""
+    from framework.targets.rig import load_rig  # noqa: PLC0415
+
+    resources: Any = load_rig(path).config.data["targets"].get("main", {}).get("resources")
+    for entry in resources if isinstance(resources, list) else [resources or {}]:
+        remote = entry.get("RemotePlace")
+        if isinstance(remote, dict):
+            return str(remote.get("name", "+"))
+    return ""
+
+
+@rig.command("release")
+@click.argument("place")
+def rig_release(place: str) -> None:
+    """Take a place out of quarantine, by hand: a person looked at it.
+
+    Example: brownout rig release bench3
+    """
+    from framework.targets.places import Places  # noqa: PLC0415
+
+    places = Places()
+    if not places.find(place).quarantined:
+        raise RigError(f"{place} is not quarantined ({places.coordinator})")
+    places.heal(place)
+    click.echo(f"{place}: released by {os.environ.get('USER', 'somebody')}")
