@@ -63,6 +63,8 @@ KERNELS: Final = 2
 
 FORWARD: Final = ("ArtifactInstall", "ArtifactCommit")
 """The states whose scripts have to have been done when an update is committed."""
+STOPPING: Final = ("ArtifactInstall_", "ArtifactCommit_Enter")
+"""The scripts that stop an update when they fail."""
 INCONSISTENT: Final = "_INCONSISTENT"
 """What follows an artifact's name on a device where an error had to be ignored (Mender's word)."""
 DRIVE_FAULTS: Final = ("cut", "error", "flip")
@@ -126,7 +128,8 @@ class Schedule:
     @property
     def sick(self) -> bool:
         """Whether the update must not be committed."""
-        return self.behaviour != "well" or self.scripts.startswith("fail")
+        stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
+        return self.behaviour != "well" or stops
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -281,6 +284,38 @@ def area_of(offset: int) -> str:
     return "slot b" if offset >= SLOT_OFFSETS["b"] else "slot a"
 
 
+class _Ignored:
+    """Errors that a client had to ignore: `any` says that one may have to be told.
+
+    `certain` names a script whose failure must be told, as the update it was ignored in has ended.
+    """
+
+    def __init__(self) -> None:
+        self._now: list[str] = []
+        self._before = False
+        self.certain = ""
+
+    @property
+    def any(self) -> bool:
+        return bool(self._now) or self._before
+
+    def note(self, script: str) -> None:
+        """A script's failure was ignored; "" for an error of the drive that may have been."""
+        self._now.append(script)
+
+    def begin(self) -> None:
+        """An update begins. What the last one left is told until something is committed."""
+        self._before = self.any
+        self._now = []
+        self.certain = ""
+
+    def commit(self) -> None:
+        self._before = False
+
+    def end(self) -> None:
+        self.certain = next(filter(None, self._now), "")
+
+
 _MODELS: dict[str, CacheModel] = {}
 
 
@@ -333,6 +368,10 @@ class Life:
             network=self._download,
         )
         self._device.listener = self._heard
+        self._device.ignored_script = self._ignored_script
+        self._device.lost_record = self._lose_record
+        self._ignored = _Ignored()
+        self._lost_record = False
         self._events: list[Event] = []
         self._state = "Idle"
         self._struck: list[Strike] = []
@@ -423,7 +462,9 @@ class Life:
         if command is None:
             self._events.append(InstallEnded(name, None))
             return
-        self._events.append(InstallEnded(name, command.exit_code, command.cause))
+        self._events.append(
+            InstallEnded(name, command.exit_code, command.cause, armed=command.armed)
+        )
         self._look("after the install")
         if restart and command.exit_code in (0, 4) and self._start(self._device.restart):
             self._status()
@@ -486,12 +527,15 @@ class Life:
             return
         status = self._device.status()
         if status is not None:
-            name = status[0]
-            ignored = self._device.failed_scripts or any(s.kind == "error" for s in self._struck)
-            if ignored and name.endswith(INCONSISTENT):
+            name, hidden = status[0], self._ignored.certain
+            if name == "v2" + INCONSISTENT and self._ignored.any:
                 # That an error had to be ignored is what is to be told, wherever it led.
-                name = self._running
-            self._events.append(StatusRead(name, *status[1:]))
+                name, hidden = self._running, ""
+            elif name == self._running + INCONSISTENT and self._lost_record:
+                name, hidden = self._running, ""
+            if any(strike.kind == "flip" for strike in self._struck):
+                hidden = ""  # the record of it may be damaged
+            self._events.append(StatusRead(name, *status[1:], hidden=hidden))
 
     def _see(self, step: Step) -> None:
         kind = step.kind.name.lower()
@@ -503,6 +547,16 @@ class Life:
     def _strike(self, fault: Fault) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
         self._struck.append(Strike(fault.kind, what, fault.at, self._state))
+        if fault.kind == "error" and self._state == "ArtifactCommit" and self._schedule.scripts:
+            # Where the commit is behind it, the record of the scripts that follow it may fail.
+            self._ignored.note("")
+
+    def _lose_record(self) -> None:
+        # Only where it could be damaged: a cut alone damages nothing that a client can't mend.
+        self._lost_record = any(strike.kind in ("flip", "error") for strike in self._struck)
+
+    def _ignored_script(self, name: str) -> None:
+        self._ignored.note(name)
 
     # Witnesses.
 
@@ -542,10 +596,15 @@ class Life:
     def _heard(self, line: str) -> None:
         if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
+            if self._state == "Download":
+                self._ignored.begin()
+            elif self._state == "Idle":
+                self._ignored.end()
             if self._state == "ArtifactCommit":
                 self._events.append(CommitReached(self._installing))
         elif line.startswith("committed "):
             name, _, rest = line[10:].partition(" (slot ")
+            self._ignored.commit()
             self._events.append(Committed(name, rest[:1]))
 
     def _download(self, location: str, content: bytes) -> tuple[bytes, bool]:

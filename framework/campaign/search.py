@@ -53,6 +53,13 @@ SCRIPTED: Final = (
     "fail ArtifactInstall_Leave_00",
     "fail ArtifactCommit_Enter_00",
 )
+TOO_LATE: Final = (
+    "ok",
+    "fail ArtifactCommit_Leave_00",
+    "fail ArtifactRollback_Enter_00",
+    "fail ArtifactFailure_Enter_00",
+)
+"""Scripts whose failure stops nothing; they take turns with those that are well."""
 KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
@@ -168,7 +175,11 @@ def draw(rng: random.Random) -> Schedule:
         fresh=rng.random() < 0.25,
     )
     # By the seed that is there already: one in four.
-    return dataclasses.replace(schedule, scripts=SCRIPTED[schedule.seed % len(SCRIPTED)])
+    turn, which = divmod(schedule.seed, len(SCRIPTED))
+    scripts = SCRIPTED[which]
+    if scripts == "ok":
+        scripts = TOO_LATE[turn % len(TOO_LATE)]
+    return dataclasses.replace(schedule, scripts=scripts)
 
 
 def vary(rng: random.Random, schedule: Schedule) -> Schedule:

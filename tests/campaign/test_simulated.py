@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -9,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from attrs import evolve
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_bugs import BUGS
+from simulated_bugs import BUGS, NARROW
 
 from framework.campaign import search
 from framework.campaign.bundle import read_bundle
@@ -32,7 +34,7 @@ from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLo
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError, format_region
 from framework.targets.simulated.laboratory import Laboratory
 
-SLOW = {"store-never-synced": 2500, "rollback-keeps-trial": 800, "no-read-back": 800}
+SLOW = {"store-never-synced": 2500, "no-read-back": 800}
 """Lifetimes within which the bugs that need luck are found; the others are within 300."""
 
 
@@ -170,7 +172,135 @@ def test_a_store_that_cannot_be_read_does_not_end_all_updates(
     assert str(lifetime.verdict) == "PASS"
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_rollback_points_back_although_the_environment_takes_it_only_later(
+    laboratory: Laboratory, times: int
+) -> None:
+    lifetime = live(laboratory, _with_failing_rollback(laboratory, times))
+    assert str(lifetime.verdict) == "PASS"
+    assert len(lifetime.struck) == times
+    assert "updater: state ArtifactFailure" in lifetime.lines
+    assert not any("still armed" in line for line in lifetime.lines)
+
+
+def test_a_slot_that_stays_armed_is_told_and_left_at_the_next_start(laboratory: Laboratory) -> None:
+    lifetime = live(laboratory, _with_failing_rollback(laboratory, 3))
+    assert str(lifetime.verdict) == "PASS"
+    [told] = [line for line in lifetime.lines if line.startswith("updater: error:")]
+    assert "slot b is still armed" in told
+    at = lifetime.lines.index(told)
+    assert "BROWNOUT: booting slot b upgrade_available=1 " in lifetime.lines[at:]
+    assert any("rolled back to v1" in line for line in lifetime.lines[at:])
+
+
+def _with_failing_rollback(laboratory: Laboratory, times: int) -> Schedule:
+    schedule = Schedule(scripts="fail ArtifactInstall_Leave_00")
+    wanted = ("ArtifactRollback", "environment")
+    first = next(o.number for o in trace(laboratory, schedule) if (o.state, o.area) == wanted)
+    faults = tuple(Fault(first + number, "error") for number in range(times))
+    return dataclasses.replace(schedule, faults=faults)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_torn_write_of_the_store_loses_the_record_of_a_commit(
+    laboratory: Laboratory, seed: int
+) -> None:
+    """Blocks that a cut made unreadable are put back from the journal; the scripts are run."""
+    schedule = Schedule(scripts="ok")
+    for step in trace(laboratory, schedule):
+        if step.state in ("ArtifactCommit", "Cleanup") and step.area == "data":
+            cut = dataclasses.replace(schedule, faults=(Fault(step.number, "cut", "torn", seed),))
+            lifetime = live(laboratory, cut)
+            assert str(lifetime.verdict) == "PASS", cut.to_json()
+            assert not any("record of an update is lost" in line for line in lifetime.lines)
+
+
+def test_an_error_while_the_store_is_undone_does_not_end_it(laboratory: Laboratory) -> None:
+    schedule = Schedule(scripts="ok")
+    steps = trace(laboratory, schedule)
+    for step in steps:
+        if (step.state, step.area) == ("ArtifactCommit", "data"):
+            faults = (Fault(step.number), Fault(step.number + 1, "error"))
+            lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+            assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+            assert not any("record of an update is lost" in line for line in lifetime.lines)
+
+
+def test_an_ignored_failure_is_told_although_the_store_failed_twice(laboratory: Laboratory) -> None:
+    schedule = Schedule(scripts="fail ArtifactCommit_Leave_00")
+    wanted = ("ArtifactCommit", "Cleanup")
+    steps = [o.number for o in trace(laboratory, schedule) if o.state in wanted]
+    for one in steps:
+        for two in (2, 5, 7, 9):
+            faults = (Fault(one, "error"), Fault(one + two, "error"))
+            lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+            assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+
+
+def test_a_record_that_is_damaged_beyond_repair_is_told(laboratory: Laboratory) -> None:
+    """One bit of the store is wrong, and the power is cut before the scripts behind the commit."""
+    schedule = Schedule(scripts="ok")
+    at = [
+        o.number
+        for o in trace(laboratory, schedule)
+        if (o.state, o.area) == ("ArtifactCommit", "environment")
+    ]
+    cut = Fault(at[0] + 2)
+    told = 0
+    for number in range(at[0] - 14, at[0]):
+        faults = (Fault(number, "flip"), cut)
+        lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+        assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+        told += any("v2_INCONSISTENT is recorded" in line for line in lifetime.lines)
+    assert told
+
+
 # It can fail.
+
+
+def _flips() -> Iterator[Schedule]:
+    for at in range(20, 110):
+        yield Schedule((Fault(at, "flip"),), behaviour="panics")
+
+
+def _cuts() -> Iterator[Schedule]:
+    return singles(170, ("kept",))
+
+
+def _errors() -> Iterator[Schedule]:
+    for at in range(100, 200):
+        yield Schedule((Fault(at, "error"),), scripts="fail ArtifactInstall_Leave_00")
+
+
+def _torn() -> Iterator[Schedule]:
+    for at in range(150, 230):
+        yield Schedule((Fault(at, "cut", "torn"),), scripts="ok")
+
+
+@pytest.mark.parametrize(
+    ("name", "schedules"),
+    [
+        ("acknowledges-too-early", _cuts),
+        ("rollback-keeps-trial", _flips),
+        ("points-back-once", _errors),
+        ("unreadable-store-given-up", _torn),
+    ],
+)
+def test_a_narrow_planted_bug_is_found_and_shrunk(
+    name: str, schedules: Callable[[], Iterator[Schedule]]
+) -> None:
+    bug = NARROW[name]
+    with contextlib.closing(bug.laboratory()) as broken:
+        for schedule in schedules():
+            found = bug.invariants & set(live(broken, schedule).verdict.violated)
+            if found:
+                smallest, _ = shrink(broken, schedule, min(found))
+                assert len(smallest.faults) == 1
+                break
+        else:
+            pytest.fail(f"{name} was not found")
+    with contextlib.closing(Laboratory()) as shipped:
+        assert str(live(shipped, schedule).verdict) == "PASS"
 
 
 @pytest.mark.parametrize("name", [name for name in BUGS if name not in SLOW])
