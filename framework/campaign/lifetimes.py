@@ -115,6 +115,8 @@ class Schedule:
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
         scripts: the artifact's state scripts, as `Laboratory.artifact` takes them.
+        module: "" for images; else the updates are packages, and this is what their update module
+            is like, as `Laboratory.device` takes it.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -124,12 +126,33 @@ class Schedule:
     seed: int = 0
     fresh: bool = False
     scripts: str = ""
+    module: str = ""
 
     @property
     def sick(self) -> bool:
         """Whether the update must not be committed."""
         stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
-        return self.behaviour != "well" or stops
+        return self.behaviour != "well" or stops or self._module_stops
+
+    @property
+    def _module_stops(self) -> bool:
+        """Whether a call of the update module fails, and the update with it."""
+        if not self.module:
+            return False
+        told = dict(word.split("=") for word in self.module.split())
+        return (
+            told["fails"]
+            in {
+                "No": ("ArtifactInstall", "ArtifactCommit"),
+                "Automatic": ("ArtifactInstall", "ArtifactVerifyReboot", "ArtifactCommit"),
+                "Yes": (
+                    "ArtifactInstall",
+                    "ArtifactReboot",
+                    "ArtifactVerifyReboot",
+                    "ArtifactCommit",
+                ),
+            }[told["reboot"]]
+        )
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -152,7 +175,8 @@ class Schedule:
         """The schedule for people."""
         faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
         scripts = f" with scripts ({self.scripts})" if self.scripts else ""
-        return f"{', '.join(self.actions)} an image that is {self.behaviour}{scripts}: {faults}"
+        what = f"a package ({self.module})" if self.module else "an image"
+        return f"{', '.join(self.actions)} {what} that is {self.behaviour}{scripts}: {faults}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -364,6 +388,7 @@ class Life:
             schedule.behaviour,
             schedule.scripts,
             drive=self._drive,
+            module=schedule.module,
             early=early,
             network=self._download,
         )
@@ -413,6 +438,8 @@ class Life:
         if not self._schedule.sick:
             self._retry("v2")
         else:
+            if self._schedule.module:
+                self._start(self._device.restart)
             self._status()
             self._retry("v3")
         facts = {
@@ -443,6 +470,8 @@ class Life:
                 how = self._device.start
                 continue
             self._running = start.image.name if start.image else ""
+            if self._schedule.module and self._running:
+                self._running = self._device.package()
             self._events.append(
                 BootSeen(
                     ready=start.ready,
@@ -466,7 +495,9 @@ class Life:
             InstallEnded(name, command.exit_code, command.cause, armed=command.armed)
         )
         self._look("after the install")
-        if restart and command.exit_code in (0, 4) and self._start(self._device.restart):
+        # What a package's failed installation left is seen at the next start.
+        restarts = command.exit_code in (0, 4) or bool(self._schedule.module)
+        if restart and restarts and self._start(self._device.restart):
             self._status()
             self._look("after the restart")
 
@@ -494,6 +525,8 @@ class Life:
         there = self._running == name
         seen = self._look("at the end")
         committed = there and not seen.environment.upgrade_available
+        if self._schedule.module:
+            committed = there and not self._device.is_updating()
         detail = f"runs {self._running or 'nothing'}"
         missing = self._undone_scripts(name) if committed else ""
         if missing:
@@ -523,8 +556,8 @@ class Life:
         self._check_data()
 
     def _status(self) -> None:
-        if not self._running:
-            return
+        if not self._running or (self._schedule.module and self._device.is_updating()):
+            return  # what it runs is neither the one nor the other
         status = self._device.status()
         if status is not None:
             name, hidden = status[0], self._ignored.certain
@@ -572,7 +605,9 @@ class Life:
             bootlimit=BOOTLIMIT,
         )
         seen = DiskSeen(moment, {slot: self._slot(slot) for slot in ("a", "b")}, environment)
-        self._events.append(seen)
+        if not self._schedule.module:
+            # A package is in no slot.
+            self._events.append(seen)
         return seen
 
     def _slot(self, slot: str) -> SlotState:
@@ -602,6 +637,10 @@ class Life:
                 self._ignored.end()
             if self._state == "ArtifactCommit":
                 self._events.append(CommitReached(self._installing))
+        elif line.startswith("update module") and "cannot roll back" in line:
+            self._ignored.note("ArtifactRollback")
+        elif self._schedule.module and "states without an end" in line:
+            self._ignored.note("")
         elif line.startswith("committed "):
             name, _, rest = line[10:].partition(" (slot ")
             self._ignored.commit()

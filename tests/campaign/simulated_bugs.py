@@ -188,6 +188,23 @@ class PointsBackOnce(Client):
         return super().roll_back()
 
 
+class ForgetsTheModule(Client):
+    """Rolls back without the update module's help."""
+
+    def _roll_back_module(self) -> Event:
+        return Event.NO_REBOOT
+
+
+class CommitsPackagesUnchecked(Client):
+    """Runs no health check where nothing restarts."""
+
+    def commit_environment(self) -> Event:
+        healthy = _Forwarding(self.ports.health)
+        healthy.run = lambda: None  # type: ignore[attr-defined]
+        self.ports = self.ports._replace(health=healthy)  # type: ignore[arg-type]
+        return super().commit_environment()
+
+
 class _BeyondTheSlot(_Forwarding):
     """A partition table that is off by 16 KiB: the end of slot b lies in the data partition."""
 
@@ -209,7 +226,6 @@ BUGS = {
     "scripts-skipped": Bug(frozenset({4, 6}), NeverRunsLeave),
     "writes-beyond-its-slot": Bug(frozenset({5}), _with(machine=_BeyondTheSlot)),
     "store-never-synced": Bug(frozenset({6, 7}), _with(store=_StoreWithoutSync)),
-    "ignored-errors-hidden": Bug(frozenset({7}), HidesIgnoredErrors),
     "bootcount-off-by-one": Bug(frozenset({8}), quirks=frozenset({"bootcount-off-by-one"})),
     "attempts-not-counted": Bug(frozenset({1, 8}), quirks=frozenset({"does-not-count"})),
     "never-falls-back": Bug(frozenset({1, 8}), quirks=frozenset({"never-falls-back"})),
@@ -217,9 +233,12 @@ BUGS = {
 }
 
 NARROW = {
+    "ignored-errors-hidden": Bug(frozenset({7}), HidesIgnoredErrors),
     "acknowledges-too-early": Bug(frozenset({3}), SaysCommittedFirst),
     "rollback-keeps-trial": Bug(frozenset({4, 6, 7}), quirks=frozenset({"rollback-keeps-trial"})),
     "unreadable-store-given-up": Bug(frozenset({6, 7}), _with(store=_StoreNotMended)),
     "points-back-once": Bug(frozenset({7}), PointsBackOnce),
+    "module-not-rolled-back": Bug(frozenset({7}), ForgetsTheModule),
+    "package-not-checked": Bug(frozenset({4}), CommitsPackagesUnchecked),
 }
 """Bugs that one random lifetime in a thousand shows: every fault of one kind shows them sooner."""

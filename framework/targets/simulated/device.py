@@ -34,6 +34,7 @@ from framework.targets.simulated.filesystem import (
     FileSystemError,
     format_region,
 )
+from framework.targets.simulated.packages import PackageModule, read_package
 from updater.device import console
 from updater.device.client import LOST_RECORD, STILL_ARMED, Client, Ports
 from updater.device.command import EXIT_REBOOT_NEEDED, last_word, operate
@@ -172,7 +173,7 @@ class SimulatedDevice:
     the shipped one unless a bug is planted; `quirks` are the boot loader's. `print` gets the
     console's lines, `listener` the client's without their prefix, `ignored_script` the name of a
     state script whose failure comes too late to stop anything; `lost_record` is called when the
-    client says that it has lost an update's record.
+    client says that it has lost an update's record. `modular`: there is an update module.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class SimulatedDevice:
         self.drive = drive
         self.print: Callable[[str], None] = lambda line: None
         self.lines: list[str] = []
+        self.modular = False
         self.listener: Callable[[str], None] = lambda line: None
         self.now = 1000.0
         self.starts = 0
@@ -274,6 +276,23 @@ class SimulatedDevice:
         finally:
             store.close()
         return (name, str(last.result), last.cause) if last else (name, "", "")
+
+    def package(self) -> str:
+        """Say which package is installed on a device that has an update module."""
+        try:
+            return read_package(self.data)[0] if self.data is not None else ""
+        except FileSystemError:
+            return "unreadable"
+
+    def is_updating(self) -> bool:
+        """Say whether an update is in progress, as the store has it."""
+        store = self._store()
+        try:
+            return store.update() is not None
+        except StoreError:
+            return True
+        finally:
+            store.close()
 
     def provision(self) -> None:
         """Make an empty state store, and write everything."""
@@ -383,6 +402,11 @@ class SimulatedDevice:
             reboot=_Reboot(),
             health=_Health(self),
             scripts=_Scripts(self),
+            modules=(
+                PackageModule(self.data, self.ignored_script)
+                if self.modular and self.data is not None
+                else None
+            ),
         )
         return self._client(config, ports)
 
@@ -577,6 +601,8 @@ class _Health:
             raise HealthError(f"health check {SICK[image.behaviour]} exited with status 1")
         data = self._device.data
         assert data is not None
+        if self._device.modular and read_package(data)[1] in SICK:
+            raise HealthError(f"health check {SICK[read_package(data)[1]]} exited with status 1")
         for name in ("ArtifactInstall_Enter_00", "ArtifactInstall_Leave_00"):
             if data.exists(SCRIPT + name) and not data.exists(DONE + name):
                 raise HealthError(f"health check 60-migrated: {name} was not done")
