@@ -98,7 +98,8 @@ class Mutant(NamedTuple):
 def mutants() -> list[Mutant]:
     """All mutants that lifetimes may see; making them takes a while, so they are kept."""
     sources = [(ROOT / (module.replace(".", "/") + ".py")).read_bytes() for module in MODULES]
-    state = hashlib.sha256(b"\0".join([Path(__file__).read_bytes(), *sources])).hexdigest()
+    made_by = repr((OPERATORS, UNSEEN.pattern)).encode()
+    state = hashlib.sha256(b"\0".join([made_by, *sources])).hexdigest()
     kept = ROOT / "build" / f"mutants-{state[:16]}.json"
     if not kept.exists():
         made = _make_mutants()
@@ -240,6 +241,11 @@ def _schedules() -> Iterator[str]:
         for image in ("well", "panics", "unhealthy")
         for actions in sorted(set(search.ACTIONS))
     ]
+    plain += [
+        schedule(behaviour=behaviour, module=module)
+        for module in search.MODULES
+        for behaviour in search.PACKAGED
+    ]
     yield from (one.to_json() for one in plain)
     bases = [
         schedule(),
@@ -249,6 +255,8 @@ def _schedules() -> Iterator[str]:
         schedule(scripts="fail ArtifactCommit_Leave_00"),
         schedule(actions=("stage", "restart", "rollback"), scripts="ok"),
         schedule(actions=("stage", "rollback")),
+        schedule(module=search.MODULES[1]),
+        schedule(module=search.MODULES[3]),
     ]
     struck = [(base, _places(lifetimes, laboratory, base)) for base in bases]
     for number, kind in enumerate(("cut", "error")):
