@@ -63,6 +63,8 @@ KERNELS: Final = 2
 
 FORWARD: Final = ("ArtifactInstall", "ArtifactCommit")
 """The states whose scripts have to have been done when an update is committed."""
+STOPPING: Final = ("ArtifactInstall_", "ArtifactCommit_Enter")
+"""The scripts that stop an update when they fail."""
 INCONSISTENT: Final = "_INCONSISTENT"
 """What follows an artifact's name on a device where an error had to be ignored (Mender's word)."""
 DRIVE_FAULTS: Final = ("cut", "error", "flip")
@@ -113,6 +115,8 @@ class Schedule:
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
         scripts: the artifact's state scripts, as `Laboratory.artifact` takes them.
+        module: "" for images; else the updates are packages, and this is what their update module
+            is like, as `Laboratory.device` takes it.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -122,11 +126,33 @@ class Schedule:
     seed: int = 0
     fresh: bool = False
     scripts: str = ""
+    module: str = ""
 
     @property
     def sick(self) -> bool:
         """Whether the update must not be committed."""
-        return self.behaviour != "well" or self.scripts.startswith("fail")
+        stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
+        return self.behaviour != "well" or stops or self._module_stops
+
+    @property
+    def _module_stops(self) -> bool:
+        """Whether a call of the update module fails, and the update with it."""
+        if not self.module:
+            return False
+        told = dict(word.split("=") for word in self.module.split())
+        return (
+            told["fails"]
+            in {
+                "No": ("ArtifactInstall", "ArtifactCommit"),
+                "Automatic": ("ArtifactInstall", "ArtifactVerifyReboot", "ArtifactCommit"),
+                "Yes": (
+                    "ArtifactInstall",
+                    "ArtifactReboot",
+                    "ArtifactVerifyReboot",
+                    "ArtifactCommit",
+                ),
+            }[told["reboot"]]
+        )
 
     def to_json(self) -> str:
         """The schedule in one line, for a command line or a bundle."""
@@ -149,7 +175,8 @@ class Schedule:
         """The schedule for people."""
         faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
         scripts = f" with scripts ({self.scripts})" if self.scripts else ""
-        return f"{', '.join(self.actions)} an image that is {self.behaviour}{scripts}: {faults}"
+        what = f"a package ({self.module})" if self.module else "an image"
+        return f"{', '.join(self.actions)} {what} that is {self.behaviour}{scripts}: {faults}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -281,6 +308,38 @@ def area_of(offset: int) -> str:
     return "slot b" if offset >= SLOT_OFFSETS["b"] else "slot a"
 
 
+class _Ignored:
+    """Errors that a client had to ignore: `any` says that one may have to be told.
+
+    `certain` names a script whose failure must be told, as the update it was ignored in has ended.
+    """
+
+    def __init__(self) -> None:
+        self._now: list[str] = []
+        self._before = False
+        self.certain = ""
+
+    @property
+    def any(self) -> bool:
+        return bool(self._now) or self._before
+
+    def note(self, script: str) -> None:
+        """A script's failure was ignored; "" for an error of the drive that may have been."""
+        self._now.append(script)
+
+    def begin(self) -> None:
+        """An update begins. What the last one left is told until something is committed."""
+        self._before = self.any
+        self._now = []
+        self.certain = ""
+
+    def commit(self) -> None:
+        self._before = False
+
+    def end(self) -> None:
+        self.certain = next(filter(None, self._now), "")
+
+
 _MODELS: dict[str, CacheModel] = {}
 
 
@@ -329,10 +388,15 @@ class Life:
             schedule.behaviour,
             schedule.scripts,
             drive=self._drive,
+            module=schedule.module,
             early=early,
             network=self._download,
         )
         self._device.listener = self._heard
+        self._device.ignored_script = self._ignored_script
+        self._device.lost_record = self._lose_record
+        self._ignored = _Ignored()
+        self._lost_record = False
         self._events: list[Event] = []
         self._state = "Idle"
         self._struck: list[Strike] = []
@@ -374,6 +438,8 @@ class Life:
         if not self._schedule.sick:
             self._retry("v2")
         else:
+            if self._schedule.module:
+                self._start(self._device.restart)
             self._status()
             self._retry("v3")
         facts = {
@@ -404,6 +470,8 @@ class Life:
                 how = self._device.start
                 continue
             self._running = start.image.name if start.image else ""
+            if self._schedule.module and self._running:
+                self._running = self._device.package()
             self._events.append(
                 BootSeen(
                     ready=start.ready,
@@ -423,9 +491,13 @@ class Life:
         if command is None:
             self._events.append(InstallEnded(name, None))
             return
-        self._events.append(InstallEnded(name, command.exit_code, command.cause))
+        self._events.append(
+            InstallEnded(name, command.exit_code, command.cause, armed=command.armed)
+        )
         self._look("after the install")
-        if restart and command.exit_code in (0, 4) and self._start(self._device.restart):
+        # What a package's failed installation left is seen at the next start.
+        restarts = command.exit_code in (0, 4) or bool(self._schedule.module)
+        if restart and restarts and self._start(self._device.restart):
             self._status()
             self._look("after the restart")
 
@@ -453,6 +525,8 @@ class Life:
         there = self._running == name
         seen = self._look("at the end")
         committed = there and not seen.environment.upgrade_available
+        if self._schedule.module:
+            committed = there and not self._device.is_updating()
         detail = f"runs {self._running or 'nothing'}"
         missing = self._undone_scripts(name) if committed else ""
         if missing:
@@ -482,16 +556,19 @@ class Life:
         self._check_data()
 
     def _status(self) -> None:
-        if not self._running:
-            return
+        if not self._running or (self._schedule.module and self._device.is_updating()):
+            return  # what it runs is neither the one nor the other
         status = self._device.status()
         if status is not None:
-            name = status[0]
-            ignored = self._device.failed_scripts or any(s.kind == "error" for s in self._struck)
-            if ignored and name.endswith(INCONSISTENT):
+            name, hidden = status[0], self._ignored.certain
+            if name == "v2" + INCONSISTENT and self._ignored.any:
                 # That an error had to be ignored is what is to be told, wherever it led.
-                name = self._running
-            self._events.append(StatusRead(name, *status[1:]))
+                name, hidden = self._running, ""
+            elif name == self._running + INCONSISTENT and self._lost_record:
+                name, hidden = self._running, ""
+            if any(strike.kind == "flip" for strike in self._struck):
+                hidden = ""  # the record of it may be damaged
+            self._events.append(StatusRead(name, *status[1:], hidden=hidden))
 
     def _see(self, step: Step) -> None:
         kind = step.kind.name.lower()
@@ -503,6 +580,16 @@ class Life:
     def _strike(self, fault: Fault) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
         self._struck.append(Strike(fault.kind, what, fault.at, self._state))
+        if fault.kind == "error" and self._state == "ArtifactCommit" and self._schedule.scripts:
+            # Where the commit is behind it, the record of the scripts that follow it may fail.
+            self._ignored.note("")
+
+    def _lose_record(self) -> None:
+        # Only where it could be damaged: a cut alone damages nothing that a client can't mend.
+        self._lost_record = any(strike.kind in ("flip", "error") for strike in self._struck)
+
+    def _ignored_script(self, name: str) -> None:
+        self._ignored.note(name)
 
     # Witnesses.
 
@@ -518,7 +605,9 @@ class Life:
             bootlimit=BOOTLIMIT,
         )
         seen = DiskSeen(moment, {slot: self._slot(slot) for slot in ("a", "b")}, environment)
-        self._events.append(seen)
+        if not self._schedule.module:
+            # A package is in no slot.
+            self._events.append(seen)
         return seen
 
     def _slot(self, slot: str) -> SlotState:
@@ -542,10 +631,19 @@ class Life:
     def _heard(self, line: str) -> None:
         if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
+            if self._state == "Download":
+                self._ignored.begin()
+            elif self._state == "Idle":
+                self._ignored.end()
             if self._state == "ArtifactCommit":
                 self._events.append(CommitReached(self._installing))
+        elif line.startswith("update module") and "cannot roll back" in line:
+            self._ignored.note("ArtifactRollback")
+        elif self._schedule.module and "states without an end" in line:
+            self._ignored.note("")
         elif line.startswith("committed "):
             name, _, rest = line[10:].partition(" (slot ")
+            self._ignored.commit()
             self._events.append(Committed(name, rest[:1]))
 
     def _download(self, location: str, content: bytes) -> tuple[bytes, bool]:

@@ -33,6 +33,8 @@ from framework.targets.simulated.laboratory import Laboratory
 BATCH: Final = 250
 """Lifetimes of one batch."""
 BEHAVIOURS: Final = ("well", "well", "well", "panics", "hangs", "unhealthy")
+PACKAGED: Final = ("well", "unhealthy")
+"""How a package may behave: one that panics is none."""
 ACTIONS: Final = (
     *(("install",),) * 6,
     ("stage", "rollback"),
@@ -53,6 +55,26 @@ SCRIPTED: Final = (
     "fail ArtifactInstall_Leave_00",
     "fail ArtifactCommit_Enter_00",
 )
+TOO_LATE: Final = (
+    "ok",
+    "fail ArtifactCommit_Leave_00",
+    "fail ArtifactRollback_Enter_00",
+    "fail ArtifactFailure_Enter_00",
+)
+"""Scripts whose failure stops nothing; they take turns with those that are well."""
+MODULES: Final = (
+    "reboot=No reverts=Yes fails=",
+    "reboot=Automatic reverts=Yes fails=",
+    "reboot=Yes reverts=Yes fails=",
+    "reboot=No reverts=Yes fails=ArtifactCommit",
+    "reboot=Automatic reverts=Yes fails=ArtifactInstall",
+    "reboot=Automatic reverts=No fails=ArtifactVerifyReboot",
+    "reboot=No reverts=Yes fails=ArtifactRollback",
+    "reboot=Yes reverts=No fails=ArtifactReboot",
+)
+"""Update modules: how they answer, and where they fail."""
+MODULE_SHARE: Final = 12
+"""One in so many lifetimes is of a package, where its image could be one."""
 KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
@@ -168,7 +190,14 @@ def draw(rng: random.Random) -> Schedule:
         fresh=rng.random() < 0.25,
     )
     # By the seed that is there already: one in four.
-    return dataclasses.replace(schedule, scripts=SCRIPTED[schedule.seed % len(SCRIPTED)])
+    turn, which = divmod(schedule.seed, len(SCRIPTED))
+    scripts = SCRIPTED[which]
+    if scripts == "ok":
+        scripts = TOO_LATE[turn % len(TOO_LATE)]
+    module, turn = "", turn // len(TOO_LATE)
+    if turn % MODULE_SHARE == 0 and schedule.behaviour in PACKAGED:
+        module = MODULES[turn // MODULE_SHARE % len(MODULES)]
+    return dataclasses.replace(schedule, scripts=scripts, module=module)
 
 
 def vary(rng: random.Random, schedule: Schedule) -> Schedule:
@@ -182,7 +211,7 @@ def vary(rng: random.Random, schedule: Schedule) -> Schedule:
     elif choice == 2:
         return dataclasses.replace(
             schedule,
-            behaviour=rng.choice(BEHAVIOURS),
+            behaviour=rng.choice(PACKAGED if schedule.module else BEHAVIOURS),
             actions=rng.choice(ACTIONS),
         )
     else:
@@ -249,6 +278,11 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield dataclasses.replace(schedule, behaviour="well")
     if schedule.scripts:
         yield dataclasses.replace(schedule, scripts="")
+    if schedule.module:
+        yield dataclasses.replace(schedule, module="")
+        plain = f"{schedule.module.partition('fails=')[0]}fails="
+        if schedule.module != plain:
+            yield dataclasses.replace(schedule, module=plain)
     if schedule.fresh:
         yield dataclasses.replace(schedule, fresh=False)
     if schedule.early:

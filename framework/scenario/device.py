@@ -419,7 +419,8 @@ class Device:
         else:
             self.did.append(f"{update.name} refused: {cause}")
         self.note("updater", f"install ended with exit code {result.code} {cause}".strip())
-        return InstallEnded(update.name, result.code, cause)
+        armed = self.uut.signs.armed.search(cause) is not None
+        return InstallEnded(update.name, result.code, cause, armed=armed)
 
     def _cut_short(self, error: ConsoleLost | ConsoleDeath) -> None:
         """A command was cut short: by a fault that makes the device restart, or by a power cut."""

@@ -48,6 +48,7 @@ class ConsoleSigns:
         committed: group `name` is the artifact, `slot` where.
         rolled_back: group `name` is the artifact that runs again, `cause` why.
         error: group `cause` says why a command failed.
+        armed: in such a cause: what failed is still what the next restart starts.
     """
 
     state: re.Pattern[str]
@@ -55,6 +56,7 @@ class ConsoleSigns:
     committed: re.Pattern[str]
     rolled_back: re.Pattern[str]
     error: re.Pattern[str]
+    armed: re.Pattern[str]
 
 
 @frozen
@@ -163,6 +165,7 @@ class BrownoutUpdater:
             r"updater: rolled back to (?P<name>\S+) \(slot [ab]\): (?P<cause>.*)"
         ),
         error=re.compile(r"updater: error: (?P<cause>.*)"),
+        armed=re.compile(r"slot [ab] is still armed"),
     )
 
     boot_signs = BootSigns(

@@ -128,12 +128,14 @@ class InstallEnded:
         exit_code: of `updater install`; None when the power went first.
         cause: what the device said of a failure.
         timed_out: it was still running at its deadline.
+        armed: it said itself that what failed is still what the next restart starts.
     """
 
     artifact: str
     exit_code: int | None
     cause: str = ""
     timed_out: bool = False
+    armed: bool = False
 
 
 @frozen
@@ -162,11 +164,19 @@ class DataChecked:
 
 @frozen
 class StatusRead:
-    """What the device tells an operator: the artifact it runs, the last outcome and its cause."""
+    """What the device tells an operator: the artifact it runs, the last outcome and its cause.
+
+    Attributes:
+        artifact: the one that it says it runs.
+        outcome: of the last update.
+        cause: of that outcome.
+        hidden: an error that was ignored and that it should tell, and doesn't.
+    """
 
     artifact: str
     outcome: str = ""
     cause: str = ""
+    hidden: str = ""
 
 
 @frozen

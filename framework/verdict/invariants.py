@@ -204,8 +204,11 @@ def truthful(run: Run) -> Finding:
             # A second installation is refused while the first one waits for its restart.
             refused = not said_done and image == waiting
             waiting = image if said_done else waiting
-            if not said_done and image == ended.artifact != running and not refused:
+            would_start = image == ended.artifact != running and not refused
+            if not said_done and would_start and not ended.armed:
                 broken.append(f"says {ended.artifact} failed, would start it")
+            if ended.armed and not would_start:
+                broken.append(f"says {ended.artifact} is still armed, would start {image}")
             ended = None
         elif isinstance(event, BootSeen) and event.ready:
             running = event.version
@@ -216,6 +219,8 @@ def truthful(run: Run) -> Finding:
                 broken.append(f"says it runs {event.artifact}, runs {running}")
             if event.outcome in ("failed", "rolled-back") and not event.cause:
                 broken.append(f"says the update was {event.outcome}, without a cause")
+            if event.hidden:
+                broken.append(f"does not tell that an error was ignored: {event.hidden}")
         elif isinstance(event, ServerTold):
             looked_at += 1
             if event.status in TOLD_GOOD and event.artifact != running:

@@ -58,6 +58,7 @@ class _StoreWithoutSync(_Forwarding):
         class Files:
             exists = staticmethod(files.exists)
             set_aside = staticmethod(files.set_aside)
+            mend = staticmethod(files.mend)
 
             @staticmethod
             def connect(path: str) -> Any:
@@ -160,6 +161,50 @@ class NeverRunsLeave(Client):
             super()._run_scripts(state, part)
 
 
+class HidesIgnoredErrors(Client):
+    """Records what it ends with as if no script had failed."""
+
+    def _provides_now(self, update: Any, *, committed: bool) -> Any:
+        return super()._provides_now(update._replace(inconsistent=False), committed=committed)
+
+
+class _StoreNotMended(_Forwarding):
+    """A store that is given up where a block of it can't be read, as it once was."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        real._mend = lambda error: False
+
+
+class PointsBackOnce(Client):
+    """Tries a rollback's write to the environment once, as it once did."""
+
+    def roll_back(self) -> Event:
+        before, bootenv.WRITES = bootenv.WRITES, 1  # type: ignore[misc]
+        try:
+            bootenv.settle(self.ports.bootenv, self._slot(self._current().source))
+        finally:
+            bootenv.WRITES = before  # type: ignore[misc]
+        return super().roll_back()
+
+
+class ForgetsTheModule(Client):
+    """Rolls back without the update module's help."""
+
+    def _roll_back_module(self) -> Event:
+        return Event.NO_REBOOT
+
+
+class CommitsPackagesUnchecked(Client):
+    """Runs no health check where nothing restarts."""
+
+    def commit_environment(self) -> Event:
+        healthy = _Forwarding(self.ports.health)
+        healthy.run = lambda: None  # type: ignore[attr-defined]
+        self.ports = self.ports._replace(health=healthy)  # type: ignore[arg-type]
+        return super().commit_environment()
+
+
 class _BeyondTheSlot(_Forwarding):
     """A partition table that is off by 16 KiB: the end of slot b lies in the data partition."""
 
@@ -176,7 +221,6 @@ BUGS = {
     "no-trial": Bug(frozenset({1, 4}), CommitsAtInstall),
     "rollback-forgets-environment": Bug(frozenset({1, 4, 6, 7, 8}), ForgetsToPointBack),
     "cause-lost": Bug(frozenset({7}), LosesTheCause),
-    "acknowledges-too-early": Bug(frozenset({3}), SaysCommittedFirst),
     "restarts-for-ever": Bug(frozenset({1, 6, 8}), RestartsForEver),
     "wrong-result-recorded": Bug(frozenset({7}), RecordsTheWrongResult),
     "scripts-skipped": Bug(frozenset({4, 6}), NeverRunsLeave),
@@ -185,6 +229,16 @@ BUGS = {
     "bootcount-off-by-one": Bug(frozenset({8}), quirks=frozenset({"bootcount-off-by-one"})),
     "attempts-not-counted": Bug(frozenset({1, 8}), quirks=frozenset({"does-not-count"})),
     "never-falls-back": Bug(frozenset({1, 8}), quirks=frozenset({"never-falls-back"})),
-    "rollback-keeps-trial": Bug(frozenset({4, 6, 7}), quirks=frozenset({"rollback-keeps-trial"})),
     "flags-do-not-count": Bug(frozenset({1, 3, 4, 8}), quirks=frozenset({"flags-do-not-count"})),
 }
+
+NARROW = {
+    "ignored-errors-hidden": Bug(frozenset({7}), HidesIgnoredErrors),
+    "acknowledges-too-early": Bug(frozenset({3}), SaysCommittedFirst),
+    "rollback-keeps-trial": Bug(frozenset({4, 6, 7}), quirks=frozenset({"rollback-keeps-trial"})),
+    "unreadable-store-given-up": Bug(frozenset({6, 7}), _with(store=_StoreNotMended)),
+    "points-back-once": Bug(frozenset({7}), PointsBackOnce),
+    "module-not-rolled-back": Bug(frozenset({7}), ForgetsTheModule),
+    "package-not-checked": Bug(frozenset({4}), CommitsPackagesUnchecked),
+}
+"""Bugs that one random lifetime in a thousand shows: every fault of one kind shows them sooner."""

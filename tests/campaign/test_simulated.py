@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -9,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from attrs import evolve
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_bugs import BUGS
+from simulated_bugs import BUGS, NARROW
 
 from framework.campaign import search
 from framework.campaign.bundle import read_bundle
@@ -25,14 +27,14 @@ from framework.campaign.kept import keep, live_again
 from framework.campaign.lifetimes import Fault, Lifetime, Schedule, live, trace
 from framework.campaign.models import CACHE_MODELS
 from framework.campaign.promote import faults_of
-from framework.campaign.search import SCRIPTED, batch, draw, shrink, singles
+from framework.campaign.search import MODULES, SCRIPTED, TOO_LATE, batch, draw, shrink, singles
 from framework.cli import cli
 from framework.disk.models import model_from
 from framework.targets.simulated.drive import Action, Drive, DriveError, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError, format_region
 from framework.targets.simulated.laboratory import Laboratory
 
-SLOW = {"store-never-synced": 2500, "rollback-keeps-trial": 800, "no-read-back": 800}
+SLOW = {"store-never-synced": 2500, "no-read-back": 800}
 """Lifetimes within which the bugs that need luck are found; the others are within 300."""
 
 
@@ -78,6 +80,7 @@ def test_another_process_with_another_hash_seed_sees_the_same_lifetimes() -> Non
     assert run("1") == run("2")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_a_schedule_survives_its_text(seed: int) -> None:
     schedule = draw(random.Random(seed))
@@ -110,6 +113,34 @@ def test_state_scripts_run_and_their_failure_is_no_commit(
     assert "updater: state script ArtifactInstall_Enter_00" in ran
     rolled_back = "updater: state script ArtifactRollback_Enter_00" in ran
     assert rolled_back == scripts.startswith("fail")
+
+
+@pytest.mark.parametrize("reboot", ["No", "Automatic", "Yes"])
+def test_a_package_is_installed_or_its_module_undoes_it(
+    laboratory: Laboratory, reboot: str
+) -> None:
+    states = ("", "ArtifactInstall", "ArtifactReboot", "ArtifactVerifyReboot", "ArtifactCommit")
+    for reverts in ("Yes", "No"):
+        for fails in (*states, "ArtifactRollback", "ArtifactFailure"):
+            for behaviour in ("well", "unhealthy"):
+                module = f"reboot={reboot} reverts={reverts} fails={fails}"
+                schedule = Schedule(behaviour=behaviour, module=module)
+                lifetime = live(laboratory, schedule)
+                assert str(lifetime.verdict) == "PASS", schedule.to_json()
+                committed = any(line.startswith("updater: committed v2") for line in lifetime.lines)
+                assert committed != schedule.sick
+
+
+@pytest.mark.parametrize("kind", ["cut", "error"])
+@pytest.mark.parametrize("module", ["reboot=Automatic reverts=Yes fails=", MODULES[3]])
+def test_every_cut_and_error_of_a_package_is_survived(
+    laboratory: Laboratory, module: str, kind: str
+) -> None:
+    for at in range(1, live(laboratory, Schedule(module=module)).exposed + 1):
+        fault = Fault(at, kind, "torn" if kind == "cut" else "kept", at)
+        lifetime = live(laboratory, Schedule((fault,), module=module))
+        assert lifetime.struck
+        assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
 
 
 @pytest.mark.parametrize("model", CACHE_MODELS)
@@ -170,7 +201,150 @@ def test_a_store_that_cannot_be_read_does_not_end_all_updates(
     assert str(lifetime.verdict) == "PASS"
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_rollback_points_back_although_the_environment_takes_it_only_later(
+    laboratory: Laboratory, times: int
+) -> None:
+    lifetime = live(laboratory, _with_failing_rollback(laboratory, times))
+    assert str(lifetime.verdict) == "PASS"
+    assert len(lifetime.struck) == times
+    assert "updater: state ArtifactFailure" in lifetime.lines
+    assert not any("still armed" in line for line in lifetime.lines)
+
+
+def test_a_slot_that_stays_armed_is_told_and_left_at_the_next_start(laboratory: Laboratory) -> None:
+    lifetime = live(laboratory, _with_failing_rollback(laboratory, 3))
+    assert str(lifetime.verdict) == "PASS"
+    [told] = [line for line in lifetime.lines if line.startswith("updater: error:")]
+    assert "slot b is still armed" in told
+    at = lifetime.lines.index(told)
+    assert "BROWNOUT: booting slot b upgrade_available=1 " in lifetime.lines[at:]
+    assert any("rolled back to v1" in line for line in lifetime.lines[at:])
+
+
+def _with_failing_rollback(laboratory: Laboratory, times: int) -> Schedule:
+    schedule = Schedule(scripts="fail ArtifactInstall_Leave_00")
+    wanted = ("ArtifactRollback", "environment")
+    first = next(o.number for o in trace(laboratory, schedule) if (o.state, o.area) == wanted)
+    faults = tuple(Fault(first + number, "error") for number in range(times))
+    return dataclasses.replace(schedule, faults=faults)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_torn_write_of_the_store_loses_the_record_of_a_commit(
+    laboratory: Laboratory, seed: int
+) -> None:
+    """Blocks that a cut made unreadable are put back from the journal; the scripts are run."""
+    schedule = Schedule(scripts="ok")
+    for step in trace(laboratory, schedule):
+        if step.state in ("ArtifactCommit", "Cleanup") and step.area == "data":
+            cut = dataclasses.replace(schedule, faults=(Fault(step.number, "cut", "torn", seed),))
+            lifetime = live(laboratory, cut)
+            assert str(lifetime.verdict) == "PASS", cut.to_json()
+            assert not any("record of an update is lost" in line for line in lifetime.lines)
+
+
+def test_an_error_while_the_store_is_undone_does_not_end_it(laboratory: Laboratory) -> None:
+    schedule = Schedule(scripts="ok")
+    steps = trace(laboratory, schedule)
+    for step in steps:
+        if (step.state, step.area) == ("ArtifactCommit", "data"):
+            faults = (Fault(step.number), Fault(step.number + 1, "error"))
+            lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+            assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+            assert not any("record of an update is lost" in line for line in lifetime.lines)
+
+
+def test_an_ignored_failure_is_told_although_the_store_failed_twice(laboratory: Laboratory) -> None:
+    schedule = Schedule(scripts="fail ArtifactCommit_Leave_00")
+    wanted = ("ArtifactCommit", "Cleanup")
+    steps = [o.number for o in trace(laboratory, schedule) if o.state in wanted]
+    for one in steps:
+        for two in (2, 5, 7, 9):
+            faults = (Fault(one, "error"), Fault(one + two, "error"))
+            lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+            assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+
+
+def test_a_record_that_is_damaged_beyond_repair_is_told(laboratory: Laboratory) -> None:
+    """One bit of the store is wrong, and the power is cut before the scripts behind the commit."""
+    schedule = Schedule(scripts="ok")
+    at = [
+        o.number
+        for o in trace(laboratory, schedule)
+        if (o.state, o.area) == ("ArtifactCommit", "environment")
+    ]
+    cut = Fault(at[0] + 2)
+    told = 0
+    for number in range(at[0] - 14, at[0]):
+        faults = (Fault(number, "flip"), cut)
+        lifetime = live(laboratory, dataclasses.replace(schedule, faults=faults))
+        assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+        told += any("v2_INCONSISTENT is recorded" in line for line in lifetime.lines)
+    assert told
+
+
 # It can fail.
+
+
+def _flips() -> Iterator[Schedule]:
+    for at in range(20, 110):
+        yield Schedule((Fault(at, "flip"),), behaviour="panics")
+
+
+def _cuts() -> Iterator[Schedule]:
+    return singles(170, ("kept",))
+
+
+def _errors() -> Iterator[Schedule]:
+    for at in range(100, 200):
+        yield Schedule((Fault(at, "error"),), scripts="fail ArtifactInstall_Leave_00")
+
+
+def _too_late() -> Iterator[Schedule]:
+    for scripts in TOO_LATE:
+        for behaviour in ("well", "unhealthy"):
+            yield Schedule(behaviour=behaviour, scripts=scripts)
+
+
+def _packages() -> Iterator[Schedule]:
+    for behaviour in ("well", "unhealthy"):
+        for module in MODULES:
+            yield Schedule(behaviour=behaviour, module=module)
+
+
+def _torn() -> Iterator[Schedule]:
+    for at in range(150, 230):
+        yield Schedule((Fault(at, "cut", "torn"),), scripts="ok")
+
+
+@pytest.mark.parametrize(
+    ("name", "schedules"),
+    [
+        ("acknowledges-too-early", _cuts),
+        ("rollback-keeps-trial", _flips),
+        ("points-back-once", _errors),
+        ("ignored-errors-hidden", _too_late),
+        ("unreadable-store-given-up", _torn),
+        ("module-not-rolled-back", _packages),
+        ("package-not-checked", _packages),
+    ],
+)
+def test_a_narrow_planted_bug_is_found_and_shrunk(
+    name: str, schedules: Callable[[], Iterator[Schedule]]
+) -> None:
+    bug = NARROW[name]
+    with contextlib.closing(bug.laboratory()) as broken:
+        for schedule in schedules():
+            found = bug.invariants & set(live(broken, schedule).verdict.violated)
+            if found:
+                smallest, _ = shrink(broken, schedule, min(found))
+                assert len(smallest.faults) <= 1
+                break
+        else:
+            pytest.fail(f"{name} was not found")
+    with contextlib.closing(Laboratory()) as shipped:
+        assert str(live(shipped, schedule).verdict) == "PASS"
 
 
 @pytest.mark.parametrize("name", [name for name in BUGS if name not in SLOW])

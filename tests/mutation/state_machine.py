@@ -1,25 +1,32 @@
 """The mutation score of the client's state machine, with simulated lifetimes as the killer.
 
-    python tests/mutation/state_machine.py [--seconds N] [--seed N] [--only TEXT]
+    python tests/mutation/state_machine.py [--seconds N] [--seed N] [--only TEXT] [--survivors]
 
 The mutations are cosmic-ray's (its operators; its runner rewrites the checkout's files, which
 other programs use meanwhile), and one of ours for the state table: each transition leads elsewhere.
-A mutant is loaded in a process of its own, in the place of the real module, and lives through
-updates until an invariant is violated or a command ends with an internal error: killed. Mutants
-are tried in an order drawn from the seed, so that a run that was bounded is a fair sample.
+A mutant is loaded in a process of its own, in the place of the real module, and lives through a
+fixed list of lifetimes (`schedules`): every action and image, every script that fails, cuts and
+errors where the client writes from ArtifactInstall on, cuts in a row, and a few random ones. What
+became of it:
 
-A survivor is *seen* if any lifetime differs from the shipped client's in its console or its events
-and yet violates nothing: there the invariants say too little. Else it is *unseen*: equivalent, or
-in what lifetimes do not have (update modules, the daemon).
+    killed    an invariant was violated, or a command ended with an internal error
+    differs   no invariant, but the console or the events are not the shipped client's
+    survived  nothing of that
+
+A mutant that differs is noticed, too (that is how a changed message is), but not by what must hold
+whatever the client looks like. Survivors are to be explained: `survivors.json`, beside this
+program, says for each why it can't be seen. Exit code 1 where one is not explained there.
 
 What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not
-simulated), messages, and names in annotations. Prints the score and the survivors' changed lines.
+simulated), messages, and names in annotations. Mutants are tried in an order drawn from the seed,
+so that a run that was bounded is a fair sample.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -30,13 +37,13 @@ import json
 import os
 import random
 import re
-import signal
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[2]
 MODULES: Final = ("updater.device.states", "updater.device.model", "updater.device.client")
@@ -67,9 +74,13 @@ PRELOADED: Final = (
     "updater.artifact.signature",
 )
 """What nothing of a mutant is in; the processes start with it."""
-LIMIT_S: Final = 120
-KILLED, SURVIVED, HARNESS = 1, 0, 3
-DIGEST = hashlib.sha256()
+CPU_LIMIT_S: Final = 40
+"""What a mutant may use; the shipped client uses a tenth. One that goes round needs more."""
+FATES: Final = {0: "survived", 1: "killed", 2: "differs"}
+SURVIVED, KILLED, DIFFERS, HARNESS = 0, 1, 2, 3
+ENOUGH: Final = 40
+"""Lifetimes that differ, and violate nothing, before a mutant is given up."""
+EXPLAINED: Final = Path(__file__).with_name("survivors.json")
 UNSEEN: Final = re.compile(
     r"_HOUR|TABLE\.items|rows|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415"
 )
@@ -85,7 +96,21 @@ class Mutant(NamedTuple):
 
 
 def mutants() -> list[Mutant]:
-    """All mutants that lifetimes may see."""
+    """All mutants that lifetimes may see; making them takes a while, so they are kept."""
+    sources = [(ROOT / (module.replace(".", "/") + ".py")).read_bytes() for module in MODULES]
+    made_by = repr((OPERATORS, UNSEEN.pattern)).encode()
+    state = hashlib.sha256(b"\0".join([made_by, *sources])).hexdigest()
+    kept = ROOT / "build" / f"mutants-{state[:16]}.json"
+    if not kept.exists():
+        made = _make_mutants()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(".tmp")
+        temporary.write_text(json.dumps(made), encoding="utf-8")
+        temporary.replace(kept)
+    return [Mutant(*values) for values in json.loads(kept.read_text(encoding="utf-8"))]
+
+
+def _make_mutants() -> list[Mutant]:
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -136,58 +161,129 @@ class _Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self._mutant.source, self._mutant.module, "exec"), module.__dict__)
 
 
-def try_it(mutant: Mutant | None) -> tuple[int, str]:
-    """In a process of its own: whether an invariant saw the mutant, and what its lifetimes were."""
+def try_it(mutant: Mutant | None, given: list[str], reference: list[str]) -> tuple[int, list[str]]:
+    """In a process of its own: a mutant's fate, and a digest of each lifetime it lived through."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
         os.close(writing)
         with open(reading, encoding="ascii") as file:  # noqa: PTH123 - a descriptor
-            digest = file.read()
+            digests = file.read().split()
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
-            return KILLED, ""  # it went round in circles, or crashed the interpreter
-        return os.WEXITSTATUS(status), digest
+            return KILLED, []  # it went round in circles, or crashed the interpreter
+        return os.WEXITSTATUS(status), digests
     code = HARNESS
     try:
-        signal.alarm(LIMIT_S)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
         if mutant is not None:
             sys.meta_path.insert(0, _Instead(mutant))
         with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), 2)
-        code = KILLED if any(_violations()) else SURVIVED
-        os.write(writing, DIGEST.hexdigest().encode())
+        code = _live_through(given, reference, writing)
     except BaseException:  # noqa: BLE001 - a mutant may fail in any way
         code = KILLED
     finally:
         os._exit(code)
 
 
-def _violations() -> Iterator[bool]:
-    """Live through more and more; yield whether something was violated."""
+def _live_through(given: list[str], reference: list[str], writing: int) -> int:
+    lifetimes = importlib.import_module("framework.campaign.lifetimes")
+    laboratory = importlib.import_module("framework.targets.simulated.laboratory").Laboratory()
+    code, differing = SURVIVED, 0
+    for number, text in enumerate(given):
+        lifetime = lifetimes.live(laboratory, lifetimes.Schedule.from_json(text))
+        digest = hashlib.sha256(repr((lifetime.lines, lifetime.events)).encode()).hexdigest()
+        os.write(writing, f"{digest}\n".encode())
+        internal = any("error: internal:" in line for line in lifetime.lines)
+        if internal or lifetime.verdict.violated:
+            return KILLED
+        if reference and digest != reference[number]:
+            code = DIFFERS
+            differing += 1
+        if differing >= ENOUGH:
+            break
+    return code
+
+
+def schedules() -> list[str]:
+    """The lifetimes, as text: they are made once, by the shipped client, in another process."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        with open(writing, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+            file.writelines(f"{text}\n" for text in _schedules())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as file:  # noqa: PTH123
+        made = file.read().splitlines()
+    os.waitpid(pid, 0)
+    return made
+
+
+def _schedules() -> Iterator[str]:
+    """First what shows most: the order decides how soon a mutant is killed."""
     lifetimes = importlib.import_module("framework.campaign.lifetimes")
     search = importlib.import_module("framework.campaign.search")
     laboratory = importlib.import_module("framework.targets.simulated.laboratory").Laboratory()
+    fault, schedule = lifetimes.Fault, lifetimes.Schedule
 
-    def bad(schedule: object) -> bool:
-        lifetime = lifetimes.live(laboratory, schedule)
-        DIGEST.update(repr((lifetime.lines, lifetime.events)).encode())
-        internal = any("error: internal:" in line for line in lifetime.lines)
-        return internal or bool(lifetime.verdict.violated)
+    failing = sorted({*search.SCRIPTED, *search.TOO_LATE} - {""})
+    plain = [
+        schedule(behaviour=image, scripts=scripts)
+        for scripts in ("", *failing)
+        for image in ("well", "unhealthy")
+    ]
+    plain += [schedule(behaviour="panics"), schedule(fresh=True)]
+    plain += [
+        schedule(behaviour=image, actions=actions)
+        for image in ("well", "panics", "unhealthy")
+        for actions in sorted(set(search.ACTIONS))
+    ]
+    plain += [
+        schedule(behaviour=behaviour, module=module)
+        for module in search.MODULES
+        for behaviour in search.PACKAGED
+    ]
+    yield from (one.to_json() for one in plain)
+    bases = [
+        schedule(),
+        schedule(scripts="ok"),
+        schedule(behaviour="unhealthy", scripts="ok"),
+        schedule(scripts="fail ArtifactInstall_Leave_00"),
+        schedule(scripts="fail ArtifactCommit_Leave_00"),
+        schedule(actions=("stage", "restart", "rollback"), scripts="ok"),
+        schedule(actions=("stage", "rollback")),
+        schedule(module=search.MODULES[1]),
+        schedule(module=search.MODULES[3]),
+    ]
+    struck = [(base, _places(lifetimes, laboratory, base)) for base in bases]
+    for number, kind in enumerate(("cut", "error")):
+        for base, places in struck:
+            # Alternately, so that neighbouring places get different faults.
+            for at in places[number::2]:
+                yield dataclasses.replace(base, faults=(fault(at, kind),)).to_json()
+    # Cuts in a row: what must end although it begins again and again.
+    for base, places in struck[:3]:
+        for step in (7, 11):
+            faults = tuple(fault(places[0] + step * number) for number in range(36))
+            yield dataclasses.replace(base, faults=faults).to_json()
+    rng = random.Random(1)
+    for _ in range(30):
+        yield search.draw(rng).to_json()
 
-    for behaviour in ("well", "panics", "unhealthy"):
-        for actions in sorted(set(search.ACTIONS)):
-            yield bad(lifetimes.Schedule(behaviour=behaviour, actions=actions))
-    yield bad(lifetimes.Schedule(fresh=True))
-    for scripts in sorted(set(search.SCRIPTED) - {""}):
-        yield bad(lifetimes.Schedule(scripts=scripts))
-    for behaviour in ("well", "unhealthy"):
-        schedule = lifetimes.Schedule(behaviour=behaviour)
-        count = lifetimes.live(laboratory, schedule).exposed
-        for at in range(1, count + 1):
-            cut = lifetimes.Fault(at, "cut", "kept", at)
-            yield bad(lifetimes.Schedule((cut,), behaviour=behaviour))
-    yield bool(search.batch(laboratory, 1, 0, 150).found)
+
+def _places(lifetimes: Any, laboratory: Any, base: Any) -> list[int]:
+    """The operations from ArtifactInstall on at which something was just made durable, or is."""
+    last = lifetimes.live(laboratory, base).exposed
+    return [
+        step.number
+        for step in lifetimes.trace(laboratory, base)
+        if step.number <= last
+        and step.state not in ("Idle", "Download")
+        and (step.kind == "flush" or step.area == "environment")
+    ][::2]
 
 
 def main() -> None:
@@ -197,15 +293,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the order")
     parser.add_argument("--skip", type=int, default=0, help="how many of that order to leave out")
     parser.add_argument("--only", default="", help="only changes that contain this text")
+    parser.add_argument("--survivors", action="store_true", help="only those in survivors.json")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutants.json")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     for name in PRELOADED:
         importlib.import_module(name)
-    code, reference = try_it(None)
+    given = schedules()
+    code, reference = try_it(None, given, [])
     if code != SURVIVED:
         sys.exit("the client itself does not survive the lifetimes")
+    print(f"{len(given)} lifetimes a mutant")
+    explained = _explained()
     found = [mutant for mutant in mutants() if chosen.only in mutant.change]
+    if chosen.survivors:
+        found = [mutant for mutant in found if _key(mutant) in explained]
     random.Random(chosen.seed).shuffle(found)
     begun = time.monotonic()
     tried: list[tuple[Mutant, str]] = []
@@ -213,24 +315,51 @@ def main() -> None:
         for mutant in found[chosen.skip :]:
             if time.monotonic() - begun > chosen.seconds:
                 break
-            code, digest = try_it(mutant)
-            alive = "seen" if digest != reference else "unseen"
-            tried.append((mutant, "killed" if code == KILLED else alive))
-            killed = _count(tried, "killed")
-            print(f"{len(tried)} of {len(found)}: {killed} killed", end="\r", flush=True)
+            code, _ = try_it(mutant, given, reference)
+            tried.append((mutant, FATES.get(code, "killed")))
+            print(
+                f"{len(tried)} of {len(found)}: {_count(tried, 'killed')} killed,"
+                f" {_count(tried, 'survived')} survived",
+                end="\r",
+                flush=True,
+            )
             _write(chosen.output, found, tried)
     print()
     for module in MODULES:
-        of = [(mutant, fate) for mutant, fate in tried if mutant.module == module]
-        killed, unseen = _count(of, "killed"), _count(of, "unseen")
-        if of:
-            print(
-                f"{module}: {killed} of {len(of)} killed ({killed / len(of):.0%}), {unseen} unseen;"
-                f" of what lifetimes see {killed} of {len(of) - unseen}"
-            )
+        _show(module, [(mutant, fate) for mutant, fate in tried if mutant.module == module])
+    _show("all", tried)
+    unexplained = 0
     for mutant, fate in tried:
-        if fate != "killed":
+        if fate == "survived":
+            why = explained.get(_key(mutant), "")
+            unexplained += not why
             print(f"{fate}: {mutant.module} {mutant.operator}\n{mutant.change}")
+            print(f"  {why or 'not explained'}")
+    sys.exit(1 if unexplained else 0)
+
+
+def _show(name: str, of: list[tuple[Mutant, str]]) -> None:
+    if of:
+        killed, differs = _count(of, "killed"), _count(of, "differs")
+        print(
+            f"{name}: {len(of)} mutants, {killed} killed by an invariant ({killed / len(of):.0%}),"
+            f" {differs} more seen to differ ({(killed + differs) / len(of):.0%}),"
+            f" {_count(of, 'survived')} survived"
+        )
+
+
+def _key(mutant: Mutant) -> str:
+    """What a survivor is known by, wherever the line moves."""
+    return f"{mutant.module} {mutant.operator}\n{mutant.change}"
+
+
+def _explained() -> dict[str, str]:
+    """Why a survivor can't be seen, by `_key`."""
+    entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
+    return {
+        f"{entry['module']} {entry['operator']}\n" + "\n".join(entry["change"]): entry["why"]
+        for entry in entries
+    }
 
 
 def _count(tried: list[tuple[Mutant, str]], wanted: str) -> int:
@@ -243,7 +372,7 @@ def _write(path: Path, found: list[Mutant], tried: list[tuple[Mutant, str]]) -> 
             "fate": fate,
             "module": mutant.module,
             "operator": mutant.operator,
-            "change": mutant.change,
+            "change": mutant.change.splitlines(),
         }
         for mutant, fate in tried
         if fate != "killed"
@@ -252,6 +381,7 @@ def _write(path: Path, found: list[Mutant], tried: list[tuple[Mutant, str]]) -> 
         "mutants": len(found),
         "tried": len(tried),
         "killed": _count(tried, "killed"),
+        "differ": _count(tried, "differs"),
         "survivors": survivors,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -21,7 +22,7 @@ from updater.device.health import HealthRunner
 from updater.device.model import Outcome, Part, Result, State, Update
 from updater.device.overlapped import Overlapped
 from updater.device.slot_writer import CHUNK_BYTES, HEAD_BYTES, SlotWriter
-from updater.device.store import SqliteStore
+from updater.device.store import SqliteStore, SystemFiles
 
 GOOD = """\
 device_type = "x"
@@ -368,6 +369,31 @@ def test_a_store_with_a_wrong_bit_in_its_schema_is_set_aside(tmp_path: Path) -> 
     assert store.set_aside is not None
     assert [store.last_outcome()] == [Outcome(Result.FAILED, "v2", "a", "why", 1, number=1)]
     store.close()
+
+
+def test_blocks_that_cannot_be_read_are_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.db"
+    path.write_bytes(b"a" * 4096 + b"b" * 4096 + b"c" * 100)
+    bad = {4096, 8192}
+    pread, pwrite = os.pread, os.pwrite
+
+    def failing(handle: int, length: int, offset: int) -> bytes:
+        if offset in bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(handle, length, offset)
+
+    def mending(handle: int, data: bytes, offset: int) -> int:
+        assert len(data) == 4096  # less would be read first
+        bad.discard(offset)
+        return pwrite(handle, data, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(os, "pwrite", mending)
+    assert SystemFiles().mend(str(path)) == 2
+    monkeypatch.undo()
+    assert path.read_bytes() == b"a" * 4096 + bytes(4096 + 100)
 
 
 def test_a_corrupt_store_is_set_aside(tmp_path: Path) -> None:

@@ -105,6 +105,10 @@ BROKEN: list[tuple[str, tuple[int, ...], list[Event]]] = [
     ]),
     ("a wrong version told", (7,), [READY_OLD, StatusRead("v2")]),
     ("a rollback without a cause", (7,), [READY_OLD, StatusRead("v1", "rolled-back")]),
+    ("an ignored error hidden", (7,), [READY_OLD, StatusRead("v1", hidden="a script failed")]),
+    ("told to be armed, and is not", (7,), [
+        InstallStarted("v2"), InstallEnded("v2", 1, "because", armed=True), OLD,
+    ]),
     ("success told of what does not run", (7,), [READY_OLD, ServerTold("v2", "success")]),
     ("failure told of what runs", (7,), [
         InstallStarted("v2"), READY_NEW, ServerTold("v2", "failure", "because"),

@@ -4,17 +4,24 @@ Names and semantics are Mender's: `mender_boot_part` is the decimal partition nu
 to start, `upgrade_available=1` marks a trial that the boot loader counts with `bootcount` and
 leaves by itself. Every change is one transaction, and is read back: a tool that says "done" is
 not evidence (libubootenv's `fw_setenv -s` ignores lines it does not like and exits with 0).
+
+A write that fails, or reads back as something else, is done again a few times: for want of one
+write a slot whose installation failed would stay armed, and be started.
 """
 
 from __future__ import annotations
 
 from updater.device.config import BootEnvConfig, Slot
+from updater.device.console import say
 from updater.device.errors import BootEnvError
 from updater.device.model import Boot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from updater.device.ports import BootEnvironment
+
+WRITES = 3
+"""How often a transaction is tried before it has failed."""
 
 _KEYS = ("mender_boot_part", "mender_boot_part_hex", "upgrade_available", "bootcount")
 
@@ -78,8 +85,19 @@ def _transact(environment: BootEnvironment, slot: Slot, *, trial: bool) -> None:
             strict=True,
         )
     )
-    environment.write(wanted)
-    kept = environment.read()
+    for attempt in range(1, WRITES + 1):
+        try:
+            environment.write(wanted)
+            _check_kept(environment.read(), wanted)
+        except BootEnvError as error:
+            if attempt == WRITES:
+                raise
+            say(f"warning: {error}; trying again")
+        else:
+            return
+
+
+def _check_kept(kept: dict[str, str], wanted: dict[str, str]) -> None:
     for key, value in wanted.items():
         if kept.get(key) != value:
             raise BootEnvError(

@@ -106,6 +106,10 @@ class NoScripts:
     def drop(self) -> None:
         """Return at once."""
 
+    def left_over(self) -> bool:
+        """Say no."""
+        return False
+
 
 def no_limit(what: str, seconds: float) -> AbstractContextManager[None]:
     """Set no limit: time that nobody measures does not run out."""
@@ -143,6 +147,8 @@ _UNSTOPPABLE = (
 )
 # How often a deployment's download is begun or resumed before the deployment has failed.
 MAX_ATTEMPTS = 20
+LOST_RECORD = "the record of an update is lost"
+STILL_ARMED = "is still armed: the next restart starts it, and leaves it again"
 # The state store's journal, and the log; images and scripts have checks of their own.
 _MIN_FREE_BYTES = 1024 * 1024
 # By hand, the restart belongs to whoever installs; so do its scripts.
@@ -162,6 +168,7 @@ class Client:
         self._errors: list[UpdaterError] = []
         self._needs_reboot = "Automatic"
         self._try_again = False
+        self._unsaved = False
 
     # The operations: what the command line offers.
 
@@ -194,6 +201,8 @@ class Client:
             raise error
         if self._update is None:
             self._leave_unrecorded_trial()
+            if not self.reboot_needed and self.ports.scripts.left_over():
+                self._tell_lost_record()
             return
         decision = self._decide()
         if decision is Decision.PROVE and not self.ports.observer.proves(self._update):
@@ -348,8 +357,10 @@ class Client:
             self._save(fatal=True)
 
     def _save(self, *, fatal: bool) -> None:
+        self._unsaved = True
         try:
             self.ports.store.save(self._current())
+            self._unsaved = False
         except StoreError as error:
             if fatal:
                 raise
@@ -515,9 +526,16 @@ class Client:
         update = self._current()
         if not update.is_image:
             return self._roll_back_module()
-        with deferred():
-            bootenv.settle(self.ports.bootenv, self._slot(update.source))
-        if self.ports.machine.running_slot(self.config.slots).name != update.target:
+        running = self.ports.machine.running_slot(self.config.slots).name
+        try:
+            with deferred():
+                bootenv.settle(self.ports.bootenv, self._slot(update.source))
+        except BootEnvError as error:
+            if running != update.target and self._boot().slot == update.target:
+                # Nothing more can be done before a restart; then nobody may be taken by surprise.
+                raise BootEnvError(f"{error}; slot {update.target} {STILL_ARMED}") from error
+            raise
+        if running != update.target:
             return Event.NO_REBOOT
         return Event.DONE
 
@@ -567,6 +585,9 @@ class Client:
     def clean_up(self) -> Event:
         """Record the outcome and forget the update, in one transaction."""
         update = self._current()
+        if self._unsaved:
+            # What failed is known here only so far; the scripts are still there to be run again.
+            self._save(fatal=True)
         committed = self._result is Result.COMMITTED
         slot = update.target if committed else update.source
         cause = update.cause if not committed or update.inconsistent else ""
@@ -786,6 +807,19 @@ class Client:
             f" returning to slot {other.name}, reboot needed"
         )
         self._request_reboot()
+
+    def _tell_lost_record(self) -> None:
+        """Where only its scripts are left of an update, they may not have been run: say so."""
+        if self.ports.store.last_outcome() is not None:
+            return  # an update has ended since the store was made: they could not be removed
+        running = self.ports.machine.running_slot(self.config.slots)
+        name = self.artifact_name()
+        cause = f"{LOST_RECORD}: its state scripts may not have been run"
+        say(f"error: {cause}; {name}_INCONSISTENT is recorded")
+        broken = {**self.provides(), "artifact_name": f"{name}_INCONSISTENT"}
+        now = self.ports.clock.utc_seconds()
+        self.ports.store.finish(Outcome(Result.FAILED, name, running.name, cause, now), broken)
+        self.ports.scripts.drop()
 
     def _check_room(self) -> None:
         """Refuse when not even the record of an update would fit the data partition."""

@@ -106,6 +106,10 @@ class DatabaseFiles(Protocol):
         """Rename a database to `to`, and remove what SQLite keeps beside it."""
         ...
 
+    def mend(self, path: str) -> int:
+        """Overwrite blocks that can't be read with zeroes, durably; return how many there were."""
+        ...
+
 
 class StateStore(Protocol):
     """What must survive a power cut (`store.py`); every method is one durable transaction."""
@@ -218,6 +222,10 @@ class Scripts(Protocol):
 
     def drop(self) -> None:
         """Forget the artifact's scripts."""
+        ...
+
+    def left_over(self) -> bool:
+        """Say whether there are scripts of an artifact."""
         ...
 
 

@@ -61,6 +61,10 @@ class ScriptRunner:
         except StoreError as error:
             say(f"warning: {error}")
 
+    def left_over(self) -> bool:
+        """Say whether there are scripts of an artifact."""
+        return os.path.exists(f"{self._artifact_dir}/version")  # noqa: PTH110 - boot path
+
     def has(self, state: str, action: str) -> bool:
         """Say whether any script would run."""
         return bool(self._names(self._directory(state), state, action))

@@ -4,8 +4,14 @@ Journal mode DELETE with synchronous=EXTRA: the rollback journal is synced befor
 touched, and the directory after the journal's removal, so that a power cut leaves the old or the
 new state and an acknowledged transaction stays (sqlite.org/pragma.html#pragma_synchronous; WAL
 would keep two more files for no gain at ten transactions an update). A database from a newer
-client is refused untouched. A corrupt or unreadable one is set aside, because a device must not
-need a person to update again.
+client is refused untouched. A corrupt one is set aside, because a device must not need a person to
+update again.
+
+A power cut may leave the block that was just being written unreadable. While a rollback journal is
+there, nothing is lost by that: such a block of the journal is one that was not synced, so that the
+database is untouched; such a block of the database is in the journal, whole. But SQLite reads
+before it undoes, and gives up. So these blocks are overwritten with zeroes, which makes them
+readable; SQLite takes zeroes for a journal's end and puts the database's blocks back.
 
 A store of an older client is migrated, in one transaction, but not while an update is in progress
 in it: if the system on trial is left again, the older client must still find its own record. Until
@@ -14,6 +20,7 @@ then the older columns are used and what only the newer ones could keep is kept 
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -57,6 +64,7 @@ ALTER TABLE update_in_progress ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
 ALTER TABLE outcome ADD COLUMN deployment TEXT NOT NULL DEFAULT '';
 ALTER TABLE outcome ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
 """
+_BLOCK_BYTES = 4096
 _COLUMNS_1 = "artifact_name, previous_name, source, target, state, boot_id, cause, provides, clears"
 _COLUMNS_2 = f"{_COLUMNS_1}, kind, part, steps, result, inconsistent, reboot, reverts, deployment"
 _KEEP_OUTCOMES = 100
@@ -109,6 +117,28 @@ class SystemFiles:
                 os.unlink(path + suffix)  # noqa: PTH108 - boot path
             except FileNotFoundError:
                 continue
+
+    def mend(self, path: str) -> int:
+        """Overwrite every block of a file that can't be read with zeroes, durably."""
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = os.fstat(handle).st_size
+            mended = 0
+            for offset in range(0, size, _BLOCK_BYTES):
+                try:
+                    os.pread(handle, _BLOCK_BYTES, offset)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    # A part of a block would be read first.
+                    os.pwrite(handle, bytes(_BLOCK_BYTES), offset)
+                    mended += 1
+            if mended:
+                os.ftruncate(handle, size)
+                os.fsync(handle)
+            return mended
+        finally:
+            os.close(handle)
 
 
 class SqliteStore:
@@ -299,7 +329,8 @@ class SqliteStore:
                     raise
                 # The damage lay behind what opening had looked at.
                 self.close()
-                self._set_aside()
+                if not self._mend(error):
+                    self._set_aside()
                 return self._attempt(work, kind)
         except (sqlite3.Error, OSError, ValueError) as error:
             raise StoreError(f"{self._path}: {error}") from error
@@ -326,7 +357,8 @@ class SqliteStore:
                 unreadable = getattr(error, "sqlite_errorcode", 0) in _UNREADABLE
                 if isinstance(error, sqlite3.OperationalError) and not unreadable:
                     raise
-                self._set_aside()
+                if not self._mend(error):
+                    self._set_aside()
                 self._connection = self._open()
         return self._connection
 
@@ -368,6 +400,29 @@ class SqliteStore:
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
         self._version = _SCHEMA_VERSION
+
+    def _mend(self, error: sqlite3.DatabaseError | ValueError) -> bool:
+        """Undo what a cut in a transaction made unreadable; say whether the store is whole.
+
+        It is, too, where a request to the medium failed once and succeeds now. Without a journal
+        there was no transaction: then what can't be read is lost.
+        """
+        if getattr(error, "sqlite_errorcode", 0) not in _UNREADABLE:
+            return False
+        try:
+            journal = f"{self._path}-journal"
+            if self._files.exists(journal):
+                self._files.mend(journal)
+                self._files.mend(self._path)
+            connection = self._open()
+        except (sqlite3.DatabaseError, OSError):
+            return False
+        try:
+            return connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        except sqlite3.DatabaseError:
+            return False
+        finally:
+            connection.close()
 
     def _set_aside(self) -> None:
         self.set_aside = f"{self._path}.corrupt"

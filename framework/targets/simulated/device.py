@@ -34,8 +34,9 @@ from framework.targets.simulated.filesystem import (
     FileSystemError,
     format_region,
 )
+from framework.targets.simulated.packages import PackageModule, read_package
 from updater.device import console
-from updater.device.client import Client, Ports
+from updater.device.client import LOST_RECORD, STILL_ARMED, Client, Ports
 from updater.device.command import EXIT_REBOOT_NEEDED, last_word, operate
 from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
 from updater.device.errors import (
@@ -74,6 +75,8 @@ SICK: Final = {"unhealthy": "50-sick", "offline": "40-network"}
 SCRIPT: Final = "script-"
 DONE: Final = "done-"
 """What a state script's file is called, and the sign that it was done, on the data partition."""
+TOO_LATE: Final = "ArtifactCommit_Leave"
+"""The scripts that may fail, and whose update is committed all the same."""
 SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
 
 
@@ -130,10 +133,14 @@ def factory_content(name: str, behaviour: str = "well") -> bytes:
 
 
 class Command(NamedTuple):
-    """How a command of the client ended; `cause` is the last error that it told."""
+    """How a command of the client ended.
+
+    `cause` is the last error that it told; `armed`: with the words that its slot is still armed.
+    """
 
     exit_code: int
     cause: str
+    armed: bool = False
 
 
 class Start(NamedTuple):
@@ -164,7 +171,9 @@ class SimulatedDevice:
 
     `early` is the kernel's habit of writing pages back when it likes. `client` makes the client,
     the shipped one unless a bug is planted; `quirks` are the boot loader's. `print` gets the
-    console's lines, `listener` the client's without their prefix.
+    console's lines, `listener` the client's without their prefix, `ignored_script` the name of a
+    state script whose failure comes too late to stop anything; `lost_record` is called when the
+    client says that it has lost an update's record. `modular`: there is an update module.
     """
 
     def __init__(
@@ -181,10 +190,12 @@ class SimulatedDevice:
         self.drive = drive
         self.print: Callable[[str], None] = lambda line: None
         self.lines: list[str] = []
+        self.modular = False
         self.listener: Callable[[str], None] = lambda line: None
         self.now = 1000.0
         self.starts = 0
-        self.failed_scripts = 0
+        self.lost_record: Callable[[], None] = lambda: None
+        self.ignored_script: Callable[[str], None] = lambda name: None
         self.slot = ""
         self.image: ImageFile | None = None
         self.data: FileSystem | None = None
@@ -247,7 +258,8 @@ class SimulatedDevice:
                 code = last_word(error)
             finally:
                 store.close()
-        return Command(code, causes[-1] if causes else "")
+        cause = causes[-1] if causes else ""
+        return Command(code, cause, armed=STILL_ARMED in cause)
 
     def status(self) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
@@ -264,6 +276,23 @@ class SimulatedDevice:
         finally:
             store.close()
         return (name, str(last.result), last.cause) if last else (name, "", "")
+
+    def package(self) -> str:
+        """Say which package is installed on a device that has an update module."""
+        try:
+            return read_package(self.data)[0] if self.data is not None else ""
+        except FileSystemError:
+            return "unreadable"
+
+    def is_updating(self) -> bool:
+        """Say whether an update is in progress, as the store has it."""
+        store = self._store()
+        try:
+            return store.update() is not None
+        except StoreError:
+            return True
+        finally:
+            store.close()
 
     def provision(self) -> None:
         """Make an empty state store, and write everything."""
@@ -344,6 +373,8 @@ class SimulatedDevice:
     def _line(self, line: str) -> None:
         self.say(f"updater: {line}")
         self.listener(line)
+        if LOST_RECORD in line:
+            self.lost_record()
 
     # The ports.
 
@@ -371,6 +402,11 @@ class SimulatedDevice:
             reboot=_Reboot(),
             health=_Health(self),
             scripts=_Scripts(self),
+            modules=(
+                PackageModule(self.data, self.ignored_script)
+                if self.modular and self.data is not None
+                else None
+            ),
         )
         return self._client(config, ports)
 
@@ -497,6 +533,21 @@ class _Files:
         if data.exists(f"{path}-journal"):
             data.remove(f"{path}-journal")
 
+    def mend(self, path: str) -> int:
+        data = self._device.data
+        assert data is not None
+        size, mended = data.size(path), 0
+        for offset in range(0, size, PAGE):
+            try:
+                data.read(path, offset, PAGE)
+            except FileSystemError:
+                data.write(path, offset, bytes(PAGE))
+                mended += 1
+        if mended:
+            data.truncate(path, size)
+            data.sync(path)
+        return mended
+
 
 class _Clock:
     def __init__(self, device: SimulatedDevice) -> None:
@@ -550,6 +601,8 @@ class _Health:
             raise HealthError(f"health check {SICK[image.behaviour]} exited with status 1")
         data = self._device.data
         assert data is not None
+        if self._device.modular and read_package(data)[1] in SICK:
+            raise HealthError(f"health check {SICK[read_package(data)[1]]} exited with status 1")
         for name in ("ArtifactInstall_Enter_00", "ArtifactInstall_Leave_00"):
             if data.exists(SCRIPT + name) and not data.exists(DONE + name):
                 raise HealthError(f"health check 60-migrated: {name} was not done")
@@ -593,6 +646,9 @@ class _Scripts:
         except FileSystemError as error:
             console.say(f"warning: scripts: {error.strerror}")
 
+    def left_over(self) -> bool:
+        return self._data.exists(SCRIPT + "version")
+
     def has(self, state: str, action: str) -> bool:
         return bool(self._found(state, action))
 
@@ -602,7 +658,8 @@ class _Scripts:
             try:
                 self._run_one(name)
             except ScriptError as error:
-                self._device.failed_scripts += 1
+                if ignore_errors or name.startswith(SCRIPT + TOO_LATE):
+                    self._device.ignored_script(name.removeprefix(SCRIPT))
                 if not ignore_errors:
                     raise
                 first = first or str(error)

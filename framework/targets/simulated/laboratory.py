@@ -19,7 +19,8 @@ from framework.targets.simulated.device import (
     make_image,
 )
 from framework.targets.simulated.drive import Disk, Drive, Plan
-from updater.artifact import write_artifact
+from framework.targets.simulated.packages import KIND, make_package
+from updater.artifact import write_artifact, write_module_artifact
 from updater.artifact.signature import load_private_key
 from updater.device.client import Client, Ports
 from updater.device.config import Config
@@ -73,18 +74,26 @@ class Laboratory:
         scripts: str = "",
         *,
         drive: Disk,
+        module: str = "",
         early: Callable[[], bool] | None = None,
         network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
     ) -> SimulatedDevice:
         """Make a device, for which v2 is an update that is `behaviour`, with `scripts`.
 
-        `drive` is one that `drive()` made, or another with its content.
+        `drive` is one that `drive()` made, or another with its content. With `module`, updates are
+        packages for an update module that behaves like that ("reboot=No reverts=Yes fails=").
         """
-        artifacts = {
-            "v2": self.artifact("v2", behaviour, scripts),
-            "v3": self.artifact("v3", "well"),
-        }
-        return SimulatedDevice(
+        if module:
+            artifacts = {
+                "v2": self.package("v2", behaviour, scripts, module),
+                "v3": self.package("v3", "well", "", "reboot=No reverts=Yes fails="),
+            }
+        else:
+            artifacts = {
+                "v2": self.artifact("v2", behaviour, scripts),
+                "v3": self.artifact("v3", "well"),
+            }
+        device = SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
             vfs=self._vfs,
             drive=drive,
@@ -92,6 +101,8 @@ class Laboratory:
             client=self._client,
             quirks=self._quirks,
         )
+        device.modular = bool(module)
+        return device
 
     def drive(self, plan: Plan, *, fresh: bool = False) -> Drive:
         """Make a device's drive; a `fresh` one has no state store yet, others an empty one."""
@@ -126,6 +137,27 @@ class Laboratory:
             )
             self._artifacts[name, behaviour, scripts] = made.read_bytes()
         return self._artifacts[name, behaviour, scripts]
+
+    def package(self, name: str, behaviour: str, scripts: str, module: str) -> bytes:
+        """Return the signed artifact of a package; `module` is what its module is like."""
+        key = (name, f"{behaviour} {module}", scripts)
+        if key not in self._artifacts:
+            content = self._folder / "package.bin"
+            content.write_bytes(make_package(name, behaviour))
+            made = self._folder / f"{name}.mender"
+            write_module_artifact(
+                made,
+                [content],
+                payload_type=KIND,
+                name=name,
+                device_types=["simulated"],
+                meta_data=dict(word.split("=") for word in module.split()),
+                key=load_private_key(self._key),
+                compression="none",
+                scripts=self._write_scripts(scripts),
+            )
+            self._artifacts[key] = made.read_bytes()
+        return self._artifacts[key]
 
     def _write_scripts(self, scripts: str) -> list[Path]:
         what, _, which = scripts.partition(" ")
