@@ -141,6 +141,10 @@ def installs(rounds: int, mender: bool) -> None:
             if mender and packing == "gzip":
                 reset_mender()
                 tell(kind=packing, name="mender-client", **timed(f"exec {MENDER} install {url}"))
+                # The same policy: what was written is read back and hashed.
+                reset_mender()
+                checked = f"{MENDER} install {url} && {READ_BACK}"
+                tell(kind=packing, name="mender-client, read back", **timed(checked))
 
 
 def idle() -> None:
