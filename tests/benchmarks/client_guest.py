@@ -11,7 +11,8 @@ same passive slot (`guest_side.py`):
   with direct writes, fsync, and everything read back from the medium and hashed;
 - install, gzip: the same with `curl | tar | gunzip | tar | dd`; and, on the x86 target, Debian's
   mender-client 3.4 (`.ci/bootstrap tests` unpacks it) installing the same artifact from the same
-  server, as it is and followed by the same read-back, which it lacks. Its boot environment is a file, which is faster than a real one.
+  server, as it is and followed by the same read-back, which it lacks. Its boot environment is a
+  file, which is faster than a real one.
 - install, xz and zstd: ours alone, for its memory: the window of the compression is in it.
 
 Peak resident memory is the process's own, as the kernel counts it (wait4). Speeds are medians of
