@@ -132,6 +132,23 @@ def test_a_module_that_streams_gets_every_file_and_none_is_stored(
     assert calls(world)[1:5] == [*lines, f"{download} here", "SupportsRollback here"]
 
 
+def test_a_files_fifo_is_there_before_the_module_hears_its_name(
+    tmp_path: Path, logging_module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module opens it at once; one that finds nothing there would wait for ever."""
+    make = os.mkfifo
+
+    def late(path: str, mode: int) -> None:
+        time.sleep(0.3 if "/streams/" in path else 0.0)
+        make(path, mode)
+
+    monkeypatch.setattr("updater.device.modules.os.mkfifo", late)
+    world = World(tmp_path, logging_module)
+    (tmp_path / "stream").touch()
+    assert "committed v2" in update(world)
+    assert [len(line.split()) for line in calls(world)[1:3]] == [2, 2], "a file was not read"
+
+
 def test_the_tree_holds_what_the_protocol_says(
     tmp_path: Path, logging_module: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,13 +123,14 @@ class ModuleRunner:
         for number, file in enumerate(payload):
             path = f"streams/{file.name}"
             line = f"{path} {file.size}\n" if with_sizes else f"{path}\n"
+            # Before it is named: a module opens it at once.
+            os.mkfifo(f"{self._tree}/{path}", 0o600)
             if not stream.write(next_fifo, [memoryview(line.encode())]):
                 if number:
                     stream.fail(f"ended without asking for {file.name}")
                 stream.succeed()
                 self._store(file, payload)
                 return
-            os.mkfifo(f"{self._tree}/{path}", 0o600)
             if not stream.write(f"{self._tree}/{path}", file):
                 stream.fail(f"ended without reading {file.name}")
         stream.write(next_fifo, [])
