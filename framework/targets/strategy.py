@@ -351,8 +351,8 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                 match = self.pump.wait_for(READY, max(0.0, min(left, 1.0)), position, deaths=False)
             except ConsoleTimeout:
                 if self._starts(start) >= self.loop_limit or left <= 0:
-                    self._require_contact()
                     self.require_host(began, _MOST_EXTENSION * budget)
+                    self._require_contact()
                     outcome = self._outcome(self._judge(start), None, start, began)
                     break
                 continue

@@ -65,7 +65,9 @@ class Bench:
         return Place(paths, self.folder / "out", workers, program)
 
     def run(self, wish: Wish, workers: int = 2, *, terminal: bool = False) -> int:
-        console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+        console = Console(
+            file=io.StringIO(), width=200, force_terminal=terminal, _environ={"TERM": "xterm"}
+        )
         try:
             return run_campaign(wish, self.place(*wish.rigs, workers=workers), console)
         finally:

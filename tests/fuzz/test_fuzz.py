@@ -85,8 +85,8 @@ def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
 PLANTED = {
     "a payload's checksum is not compared": (
         "reader.py",
-        'self._check(f"data/0000/{file.name}", checksum)',
-        'self._unread.discard(f"data/0000/{file.name}")',
+        "self._check(path, checksum)",
+        "self._unread.discard(path)",
     ),
     "a traceback instead of a refusal": (
         "metadata.py",

@@ -202,7 +202,8 @@ def test_a_watchdog_that_fires_on_a_starved_guest_is_the_hosts_doing(
     monkeypatch.setattr(driver, "starved_s", lambda since: starved_s)
     driver._take_event("WATCHDOG", {"action": "reset"}, time.time())
     since = driver.pump.position
-    driver.monitor_command("system_reset")
+    with contextlib.suppress(ExecutionError):  # QEMU may be gone before it answers
+        driver.monitor_command("system_reset")
     if starved_s:
         until(lambda: driver.failure is not None, 10, "failure")
         assert "the host kept the machine from running for 12.0 s" in driver.failure
