@@ -49,7 +49,7 @@ night: images setup-tests
 
 # Record install + commit + rollback on all three targets and cut the recordings everywhere. DEEP:
 # how many distinct recoveries a target are cut again, or `all` (more than an hour).
-DEEP ?= 8
+DEEP ?= 4
 explore: images
 	@for target in $(TARGETS); do \
 		.venv/bin/brownout record --rig rigs/$$target.yaml \

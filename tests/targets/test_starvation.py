@@ -7,19 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from targets_rigs import until
 
-from framework.targets.errors import InfrastructureError
-from framework.targets.rig import load_rig
 from framework.targets.starvation import RunDelays, StarvationWatch, run_delays
-from framework.targets.strategy import Fate
-
-RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
-SPIN = "import os; os.nice(-20)\nwhile True: pass"
 
 
 class Told:
@@ -73,41 +64,3 @@ def test_a_process_that_is_gone_waits_for_nothing() -> None:
     ended.wait()
     assert run_delays(ended.pid) == {}
     assert run_delays(os.getpid())
-
-
-@contextmanager
-def crowded(pid: int) -> Iterator[None]:
-    """On one processor with something far more important."""
-    processor = min(os.sched_getaffinity(0))
-    spinner = subprocess.Popen([sys.executable, "-c", SPIN])
-    try:
-        os.sched_setaffinity(spinner.pid, {processor})
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {processor})
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
-        yield
-    finally:
-        spinner.kill()
-        spinner.wait()
-
-
-@pytest.mark.emulated
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be more important than others")
-def test_a_boot_that_a_busy_host_kept_from_running_is_no_verdict() -> None:
-    """The same budget that is a verdict on a quiet host."""
-    environment = load_rig(RIG)
-    strategy = environment.get_target().get_strategy()  # type: ignore[union-attr]
-    try:
-        strategy.transition("off")
-        since = strategy._switch_on()
-        assert strategy.await_boot(since, 1.0).fate is not Fate.READY
-        strategy.transition("off")
-        since = strategy._switch_on()
-        with crowded(strategy.power.pid):
-            began = time.monotonic()
-            until(lambda: strategy.power.starved_s(began) > 1.0, 10.0, "starved")
-            with pytest.raises(InfrastructureError, match="host is too busy"):
-                strategy.await_boot(since, 1.0)
-    finally:
-        environment.cleanup()
-        strategy.power.close()
