@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -60,10 +59,15 @@ def _check_live(path: Path, cycles: int, quarantine: bool) -> bool:
     """Check the board of a rig; whether it is fit."""
     from framework.targets.health import check_board, strategy_of  # noqa: PLC0415
     from framework.targets.places import Places  # noqa: PLC0415
-    from framework.targets.rig import open_target, rig_features  # noqa: PLC0415
+    from framework.targets.rig import (  # noqa: PLC0415
+        load_rig,
+        open_target,
+        remote_place,
+        rig_features,
+    )
 
     places = Places()
-    name = place_name(path)
+    name = remote_place(load_rig(path))
     if quarantine and not name:
         raise RigError(f"{path}: no coordinator lends its board, so nothing can be tagged")
     place = places.find(name).name if name else ""
@@ -85,18 +89,6 @@ def _check_live(path: Path, cycles: int, quarantine: bool) -> bool:
         else:
             places.heal(place)
     return not reason
-
-
-def place_name(path: Path) -> str:
-    """The name of the place that a rig's board is lent as; empty if it is not lent."""
-    from framework.targets.rig import load_rig  # noqa: PLC0415
-
-    resources: Any = load_rig(path).config.data["targets"].get("main", {}).get("resources")
-    for entry in resources if isinstance(resources, list) else [resources or {}]:
-        remote = entry.get("RemotePlace")
-        if isinstance(remote, dict):
-            return str(remote.get("name", "+"))
-    return ""
 
 
 @rig.command("release")

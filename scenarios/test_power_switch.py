@@ -1,6 +1,7 @@
-"""The power goes at its switch, at what can be seen from outside: any rig can do this, a desk, too.
+"""The power of a board goes at its switch, at what can be seen from outside.
 
-What the drive keeps is the drive's own affair; on an emulated rig that is all of it.
+What the drive keeps is the drive's own affair. Where the power can be cut at an operation of the
+disk, `test_power.py` and `test_states.py` cut it at these moments.
 """
 
 import allure
@@ -10,7 +11,11 @@ from framework.faults import Trigger, console, power_cut, state, stream_byte
 from framework.scenario.arming import Faults
 from framework.scenario.device import Device, Update
 
-pytestmark = [allure.feature("Power"), allure.story("Cut at the switch")]
+pytestmark = [
+    allure.feature("Power"),
+    allure.story("Cut at the switch"),
+    pytest.mark.lg_feature("power-switch"),
+]
 
 
 @pytest.mark.smoke

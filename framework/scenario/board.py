@@ -186,9 +186,7 @@ class BoardDevice(Device):
 
     def power_went(self) -> None:
         """Witness a power cut; the disk can be read when the device is up again."""
-        self._require_cut()
-        loss = self.machine.power_loss
-        assert loss is not None
+        loss = self._require_cut()
         self._event(PowerCut(0, OWN_DRIVE, 0))
         self.note("power", loss.cause)
 
@@ -245,14 +243,6 @@ class BoardDevice(Device):
                 "the device could not read its disk", evidence=result.text[-300:]
             )
         return disk_seen(moment, result.text, self.manifest, self.images.values())
-
-    def _require_cut(self) -> None:
-        machine: Any = self.machine
-        if machine.power_loss is None:
-            raise InfrastructureError(
-                machine.failure or "the console is gone and nobody cut the power",
-                evidence=self.machine.pump.tail(400),
-            )
 
     def _require_known_good(self, boot: BootSeen) -> None:
         """A scenario begins on the golden image, committed; else its verdict would say nothing."""

@@ -65,6 +65,7 @@ class Machine(Protocol):
 
     last_cut: CutRecord | None
     power_loss: PowerLoss | None
+    failure: str | None
 
     @property
     def recorder(self) -> Recorder:
@@ -321,13 +322,9 @@ class Device:
 
     def power_went(self) -> None:
         """Witness a power cut: which operation, and what it left on the disk."""
-        self.machine.settle()
+        self._require_cut()
         cut = self.machine.last_cut
-        if cut is None or self.machine.power_loss is None:
-            raise InfrastructureError(
-                "the console is gone and nobody cut the power",
-                evidence=self.machine.pump.tail(400),
-            )
+        assert cut is not None
         self._event(PowerCut(cut.operation, cut.model, cut.seed))
         self.after_cut(cut)
         self.note("power", f"{cut}")
@@ -389,6 +386,17 @@ class Device:
         self.moments.append(Moment(self.elapsed_s, source, text))
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _require_cut(self) -> PowerLoss:
+        """Wait for the end that has begun; it must be a power cut."""
+        self.machine.settle()
+        loss = self.machine.power_loss
+        if loss is None:
+            raise InfrastructureError(
+                self.machine.failure or "the console is gone and nobody cut the power",
+                evidence=self.machine.pump.tail(400),
+            )
+        return loss
 
     def _note_look(self, seen: DiskSeen) -> None:
         slots = ", ".join(f"{name}: {state}" for name, state in seen.slots.items())

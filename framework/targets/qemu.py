@@ -100,7 +100,7 @@ __all__ = ["PowerLoss", "QmpEvent", "RecordedQEMUDriver"]
 _DRAIN_S = 2.0
 #: From a broken connection to the reaped process: milliseconds, more on a busy host.
 _REAP_S = 2.0
-#: The shortest watchdog that our targets set.
+#: How far back a watchdog's firing is looked at; no watchdog of our targets is shorter.
 _WATCHDOG_S = 15.0
 _RESET_STALL_S = 0.1  # no firmware writes a disk so soon after a reset (U-Boot: 0.15 s)
 _EVENTS_KEPT = 1000

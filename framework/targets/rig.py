@@ -28,6 +28,7 @@ __all__ = [
     "is_remote",
     "load_rig",
     "open_target",
+    "remote_place",
     "rig_features",
 ]
 
@@ -143,14 +144,18 @@ def rig_features(path: Path | str) -> frozenset[str]:
     return frozenset(environment.get_features() | environment.get_target_features())
 
 
+def remote_place(environment: labgrid.Environment, role: str = "main") -> str:
+    """The name of the place that a coordinator lends a target's board as; empty if none does."""
+    target = environment.config.data["targets"].get(role, {})
+    for _, name, arguments in _entries("", target.get("resources")):
+        if name == "RemotePlace":
+            return str(arguments.get("name", "+"))
+    return ""
+
+
 def is_remote(environment: labgrid.Environment) -> bool:
     """Whether a rig's boards are lent by a coordinator: making its targets asks for them."""
-    targets = environment.config.data["targets"].values()
-    return any(
-        name == "RemotePlace"
-        for target in targets
-        for _, name, _ in _entries("", target.get("resources"))
-    )
+    return any(remote_place(environment, role) for role in environment.config.data["targets"])
 
 
 def open_target(path: Path | str, role: str = "main") -> labgrid.Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ rack1:
   RawSerialPort: {port: /dev/ttyUSB0, speed: 115200}
   NetworkPowerPort: {model: shelly_gen2, host: 'http://192.168.0.7', index: 0}
 """
+
+
+def refusal(check: Callable[[Path], object], path: Path, good: str, old: str, new: str) -> str:
+    """What is said of a good file with one mistake: one line that names the file."""
+    assert old in good
+    path.write_text(good.replace(old, new, 1))
+    with pytest.raises(RigError) as caught:
+        check(path)
+    said = str(caught.value)
+    assert str(path) in said
+    assert "\n" not in said
+    return said
 
 
 @pytest.mark.parametrize("path", EXPORTERS, ids=lambda path: path.parent.name)
@@ -62,14 +75,7 @@ def test_a_good_exporter_file_is_counted(tmp_path: Path) -> None:
 def test_a_mistake_in_an_exporter_file_is_one_line(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    path = tmp_path / "exporter.yaml"
-    assert old in GOOD
-    path.write_text(GOOD.replace(old, new, 1))
-    with pytest.raises(RigError) as caught:
-        check_exporter(path)
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(check_exporter, tmp_path / "exporter.yaml", GOOD, old, new)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +96,8 @@ def test_a_mistake_in_an_exporter_file_is_one_line(
 def test_a_mistake_in_an_environment_is_one_line(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    path = tmp_path / "rig.yaml"
     good = (RIGS / "bench.yaml").read_text()
-    assert old in good
-    path.write_text(good.replace(old, new, 1))
-    with pytest.raises(RigError) as caught:
-        load_rig(path)
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(load_rig, tmp_path / "rig.yaml", good, old, new)
 
 
 def test_the_command_says_good_and_refuses_with_code_two(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Bench:
         self.pump.attach(SocketTransport(ours))
         self.last_cut: CutRecord | None = None
         self.power_loss: PowerLoss | None = None
+        self.failure: str | None = None
         self.trips: list[str] = []
         self.links: list[bool] = []
         self.link_set = threading.Condition()

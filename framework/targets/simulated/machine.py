@@ -130,6 +130,7 @@ class SimulatedMachine(Driver, PowerProtocol):  # type: ignore[misc]
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
         self.power_loss: PowerLoss | None = None
+        self.failure: str | None = None
         self.last_cut: CutRecord | None = None
         self.pump = SimulatedConsole("simulated", self.send)
         self.device: SimulatedDevice | None = None
