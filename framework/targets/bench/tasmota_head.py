@@ -1,7 +1,9 @@
 """The bench's Tasmota plugs: MQTT clients that obey `cmnd/plugN/POWER` and tell `stat/plugN/POWER`.
 
 As Tasmota does: an empty command asks for the state, `tele/plugN/LWT` is retained and says Online
-(or, by the client's will, Offline). The source is Tasmota's documentation of its MQTT interface.
+(or, by the client's will, Offline). The plugs are set up with `PowerRetain 1`, as ours for labgrid
+have to be: its driver may ask before the broker has its subscription, and an answer that is not
+retained is lost then. The source is Tasmota's documentation of its MQTT interface and commands.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class TasmotaPlug:
         def obey() -> None:
             if wanted in ("ON", "OFF", "1", "0"):
                 self._board.switch(wanted in ("ON", "1"))
-            client.publish(self._status, "ON" if self._board.relay() else "OFF")
+            state = "ON" if self._board.relay() else "OFF"
+            client.publish(self._status, state, retain=True)
 
         threading.Thread(target=obey, name="tasmota", daemon=True).start()
 
