@@ -121,7 +121,7 @@ class EnvironmentReading:
         valid: for every copy, whether a bootloader takes it.
         current: index of the copy that counts, None if no copy is valid.
         variables: of that copy; empty without one.
-        problems: for people, one line a copy that is not valid.
+        problems: for people, one line a copy that is not valid, or not whole.
     """
 
     valid: tuple[bool, ...]
@@ -220,15 +220,15 @@ class GrubStore:
             ]
         )
         editing = [lock.variables.get("editing") != "0" for lock in found.locks]
+        problems = [
+            copy.problem or ("being edited" if e else lock.problem and f"lock: {lock.problem}")
+            for copy, lock, e in zip(found.copies, found.locks, editing, strict=True)
+        ]
         return EnvironmentReading(
             tuple(c.valid and not e for c, e in zip(found.copies, editing, strict=True)),
             found.current,
             found.variables,
-            tuple(
-                f"{path}: {copy.problem or 'being edited'}"
-                for path, copy, e in zip(self.paths, found.copies, editing, strict=True)
-                if copy.problem or e
-            ),
+            tuple(f"{n}, {self.paths[n - 1]}: {p}" for n, p in enumerate(problems, 1) if p),
         )
 
 

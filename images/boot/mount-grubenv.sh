@@ -13,11 +13,13 @@ same() { cmp -s ${place}1/env ${place}2/env && settled 1 && settled 2; }
 write_copy() {
     block $kit/lock-open $place$1/lock && block $2 $place$1/env && block $kit/lock-closed $place$1/lock
 }
-# A new file system comes with an open lock, so that a cut leaves the copy unsettled.
+# A new file system comes with an open lock, so that a cut leaves the copy unsettled. GRUB may still
+# take what stands there, so its superblock goes first and comes last: between them there is no copy.
+fill() { eval "dd if=$2 of=\$device_$1 bs=4k $3 conv=fsync 2> /dev/null"; }
 make_copy() {
     umount $place$1 2> /dev/null
-    eval "dd if=$kit/grubenv.img of=\$device_$1 bs=64k conv=fsync 2> /dev/null"
-    mount_copy $1 rw
+    fill $1 /dev/zero count=1 && fill $1 $kit/grubenv.img "skip=1 seek=1" &&
+        fill $1 $kit/grubenv.img count=1 && mount_copy $1 rw
 }
 
 good=1
@@ -30,14 +32,16 @@ if ! mount_copy $good ro && settled $other; then
     other=$((3 - good))
 fi
 if [ "$environment" = 0 ] || ! settled $good; then
-    # Only the variables are there, and which slot runs is known, so all of it can be made anew.
+    # Only the variables are there, and which slot runs is known, so all of it can be made anew. One
+    # copy after the other, and first the one that GRUB did not use: it asks less of a copy than we
+    # do, and while there is none it starts whichever slot loads.
     echo "BROWNOUT ENV-RESTORED"
-    for copy in 1 2; do
+    for copy in $other $good; do
         make_copy $copy
         grub-editenv $place$copy/env set mender_boot_part=$part mender_boot_part_hex=$part
+        sync
+        block $kit/lock-closed $place$copy/lock
     done
-    sync
-    for copy in 1 2; do block $kit/lock-closed $place$copy/lock; done
 else
     if same; then
         mount_copy $other remount,rw
