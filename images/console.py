@@ -46,7 +46,7 @@ def command_line(images: TargetImages, disk: Path, network: str = "user") -> lis
             f"format=raw,readonly=on,file={_quoted(images.path(files['seed']))} "
         )
     else:
-        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand "
+        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand,-ssse3,-sse4.1,-sse4.2 "
     return shlex.split(own + common)
 
 

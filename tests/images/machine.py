@@ -38,7 +38,7 @@ def command_line(images: TargetImages, disk: Path, variant: str = "v1") -> list[
             f"-drive if=pflash,index=1,format=raw,readonly=on,file={images.path(files['seed'])} "
         )
     else:
-        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand "
+        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand,-ssse3,-sse4.1,-sse4.2 "
     return shlex.split(own + common)
 
 

@@ -4,15 +4,16 @@ The first 64 KiB (boot sector, ext4 superblock) are zeroed and synced before any
 back while the rest streams, and written only when everything after them is durable: until then
 no boot loader can load from the slot. Then the whole image is read back from the medium and its
 SHA-256 compared. That is the one time that it is hashed, which on a processor without instructions
-for it takes as long as all the rest; a CRC-32 of what came, compared with what is there, says whose
-fault a difference is. Every write, sync and close that fails is fatal. Constant memory: one buffer.
+for it takes as long as all the rest; an Adler-32 of what came, the cheapest sum there is, compared
+with what is there, says whose fault a difference is. Every write, sync and close that fails is
+fatal. Constant memory: one buffer.
 """
 
 from __future__ import annotations
 
-import binascii
 import hashlib
 import mmap
+import zlib
 
 from updater.artifact.errors import ArtifactIntegrityError
 from updater.device.errors import SlotError
@@ -46,7 +47,7 @@ class SlotWriter:
     def __init__(self, device: BlockDevice, slot: Slot) -> None:
         self._device = device
         self._slot = slot
-        self._crc = 0
+        self._came = 0
         # An anonymous map is page-aligned, which direct input/output needs.
         self._buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
         assert HEAD_BYTES % device.block_bytes == 0
@@ -88,11 +89,11 @@ class SlotWriter:
         for chunk in self._chunks(payload.size):
             digest.update(chunk)
         if digest.hexdigest() != payload.sha256:
-            crc = 0
+            there = 0
             for chunk in self._chunks(payload.size):
-                crc = binascii.crc32(chunk, crc)
+                there = zlib.adler32(chunk, there)
             self.invalidate()
-            if crc == self._crc:
+            if there == self._came:
                 raise ArtifactIntegrityError(
                     f"the artifact is damaged: its image has SHA-256 {digest.hexdigest()} instead"
                     f" of {payload.sha256}"
@@ -113,10 +114,10 @@ class SlotWriter:
     def _write_body(self, payload: Payload) -> bytes:
         """Write everything behind the head; return the head, padded to whole blocks."""
         head = b""
-        offset = self._crc = 0
+        offset = self._came = 0
         while True:
             length = self._fill(payload)
-            self._crc = binascii.crc32(self._buffer[:length], self._crc)
+            self._came = zlib.adler32(self._buffer[:length], self._came)
             if offset == 0:
                 head_length = min(HEAD_BYTES, self._pad(length))
                 head = bytes(self._buffer[:head_length])
