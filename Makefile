@@ -58,7 +58,7 @@ explore: images
 	.venv/bin/brownout explore $(TARGETS:%=build/explore/%.recording) \
 		--exhaustive-up-to 10 --samples 300 \
 		--judge static --judge data --judge mount --judge uboot --judge coldboot \
-		--data-checks all --mounts 40 --decisions 60 --cold-boots 14 --deep $(DEEP) \
+		--data-checks all --mounts 24 --decisions 60 --cold-boots 12 --deep $(DEEP) \
 		--report build/explore/report.html
 
 # Random compositions of faults on two rigs for a night (MINUTES=480); the same command goes on.
