@@ -39,6 +39,15 @@ from framework.targets.errors import InfrastructureError, RigError, SimulationEr
 EXIT_NOT_HELD = 1
 EXIT_UNUSABLE = 2
 EXIT_INTERRUPTED = 130
+_LOG_COLUMNS = 140
+"""Of output that goes to no terminal: 80, as usual, would tear the tables in a CI job's log."""
+
+
+def _console() -> Console:
+    console = Console()
+    return (
+        console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_LOG_COLUMNS)
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +77,7 @@ def demo(rig: Path, output: Path, workers: int) -> None:
 
     Example: brownout demo --rig rigs/qemu-arm64.yaml
     """
-    console = Console()
+    console = _console()
     passed = run_demo(rig, output, workers, console)
     if not passed:
         raise SystemExit(EXIT_NOT_HELD)
@@ -166,7 +175,7 @@ def record(
     Example: brownout record --rig rigs/qemu-arm64.yaml --to v2
     """
     path = output or Path("build/explore") / f"{'-'.join((rig.stem, base, *variants))}{SUFFIX}"
-    run_record(rig, base, variants, path, Console(), flip_percent=flip_bit)
+    run_record(rig, base, variants, path, _console(), flip_percent=flip_bit)
 
 
 @cli.command()
@@ -282,7 +291,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
         recordings,
         wish,
         output,
-        Console(),
+        _console(),
         bases=bases,
         rig=rig,
         report=report,
@@ -329,7 +338,7 @@ def boot_state(  # noqa: PLR0917 - one parameter an option
     """
     run_boot_state(
         bundle,
-        Console(),
+        _console(),
         recording=recording,
         bases=bases,
         rig=rig,
@@ -409,7 +418,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
         run_simulate,
     )
 
-    console = Console()
+    console = _console()
     if promote is not None:
         raise SystemExit(run_promote(promote, rig or Path("rigs/qemu-arm64.yaml"), console))
     if replay is not None:
@@ -456,7 +465,7 @@ def replay(  # noqa: PLR0917 - click passes them by name
 
     Example: brownout replay build/bundles/test-power.bundle --console
     """
-    terminal = Console()
+    terminal = _console()
     paths = replayer.bundles_in(bundles)
     if console or gdb:
         if len(paths) != 1:
@@ -531,7 +540,7 @@ def campaign(  # noqa: PLR0917 - click passes them by name
     from framework import campaigner  # noqa: PLC0415
     from framework.campaign.plan import Wish  # noqa: PLC0415
 
-    console = Console()
+    console = _console()
     if history is not None:
         campaigner.show_history(history, console)
         return
@@ -574,7 +583,7 @@ def shrink(bundle: Path, rig: Path | None, runs: int, invariant: int | None, out
     """
     from framework.shrinker import run_shrink  # noqa: PLC0415 - as in `campaign`
 
-    console = Console()
+    console = _console()
     if not run_shrink(bundle, rig, output, console, most_runs=runs, invariant=invariant):
         raise SystemExit(EXIT_NOT_HELD)
 
@@ -644,7 +653,7 @@ def reproduce(  # noqa: PLR0917 - click passes them by name
         recordings = tuple(sorted(Path("build/explore").glob(f"*{SUFFIX}")))
         ledgers = tuple(p for p in (Path("build/campaign/campaign.db"),) if p.is_file())
     search = Search(recordings, bases, ledgers, parse_models(models), rig, runs, seed, top)
-    if not run_reproduce(support_bundle, search, output, Console()):
+    if not run_reproduce(support_bundle, search, output, _console()):
         raise SystemExit(EXIT_NOT_HELD)
 
 
