@@ -81,10 +81,9 @@ def test_a_stream_that_is_cut_off_anywhere_is_refused(flags: int) -> None:
         member(b"x", flags=0x20),
         member(b"content", length=8),
         member(b"content") + b"behind it",
-        b"\x1f\x8b\x08\x08" + b"n" * (1 << 17),
         member(b"content")[:10] + b"\xff" * 40,
     ],
-    ids=["zip", "method", "reserved flag", "length", "behind", "endless name", "deflate"],
+    ids=["zip", "method", "reserved flag", "length", "behind", "deflate"],
 )
 def test_what_is_no_gzip_is_refused(packed: bytes) -> None:
     with pytest.raises(ArtifactFormatError, match="bad gzip data"):

@@ -125,7 +125,9 @@ class _Buffered:
 
     def _new_engine(self) -> Any:
         if self._compression == "gzip":
-            return _GzipMember()
+            import zlib  # noqa: PLC0415
+
+            return zlib.decompressobj(31)
         import lzma  # noqa: PLC0415
 
         limit = self._window_bytes + _XZ_OVERHEAD_BYTES
@@ -170,69 +172,6 @@ class _Buffered:
         count = self._source.readinto(self._input)
         self._pending = bytes(self._input[:count])
         return count > 0
-
-
-class _GzipMember:
-    """One gzip member, with the surface of `zlib.decompressobj` (RFC 1952).
-
-    zlib's own would compute the CRC-32 too, which takes longer than to inflate: it is not looked
-    at, since all that an artifact holds has a SHA-256 in its manifest. The length is.
-    """
-
-    def __init__(self) -> None:
-        import zlib  # noqa: PLC0415
-
-        self._inflate: Any = zlib.decompressobj(-15)
-        self._head: bytes | None = b""
-        """What came of the header; None behind it."""
-        self._tail: bytes | None = None
-        """What came behind the deflated data; None before its end."""
-        self._length = 0
-        self.eof = False
-        self.unused_data = b""
-        self.unconsumed_tail = b""
-
-    def decompress(self, data: bytes, limit: int) -> bytes:
-        """At most `limit` bytes. Raises ValueError or zlib.error for what is no gzip."""
-        if self._head is not None:
-            self._head += data
-            begin = _gzip_header_bytes(self._head)
-            if begin is None:
-                return b""
-            data, self._head = self._head[begin:], None
-        if self._tail is None:
-            plain: bytes = self._inflate.decompress(data, limit)
-            self._length += len(plain)
-            if not self._inflate.eof:
-                self.unconsumed_tail = self._inflate.unconsumed_tail
-                return plain
-            self.unconsumed_tail = b""
-            self._tail = self._inflate.unused_data
-        else:
-            plain = b""
-            self._tail += data
-        if len(self._tail) >= 8:
-            if int.from_bytes(self._tail[4:8], "little") != self._length & 0xFFFFFFFF:
-                raise ValueError("the length at its end is wrong")
-            self.eof = True
-            self.unused_data = self._tail[8:]
-        return plain
-
-
-def _gzip_header_bytes(data: bytes) -> int | None:
-    """How long the header is that `data` begins with; None: more is needed. Raises ValueError."""
-    if not b"\x1f\x8b\x08".startswith(data[:3]) or (len(data) > 3 and data[3] & 0xE0):
-        raise ValueError("no gzip header")
-    flags, end = (data[3] if len(data) > 3 else 0), 10
-    if flags & 4:  # a field of given length
-        end += 2 + int.from_bytes(data[10:12], "little")
-    for flag in (8, 16):  # a name and a comment, each up to a zero byte
-        if flags & flag:
-            end = data.find(b"\0", end) + 1 or _INPUT_BYTES
-    end += flags & 2  # a checksum of the header
-    if end > len(data) and len(data) >= _INPUT_BYTES:
-        raise ValueError("an endless gzip header")
-    return end if end <= len(data) else None
 
 
 class _Source:
