@@ -182,6 +182,7 @@ def test_a_sick_image_and_two_cuts(device: Device, update: Update, faults: Fault
 
 @allure.story("A bad day")
 @pytest.mark.lg_feature(["network", "uboot"])
+@pytest.mark.demo(cost=4)
 def test_everything_but_the_power_fails_in_one_update(
     device: Device, update: Update, faults: Faults
 ) -> None:

@@ -20,7 +20,6 @@ pytestmark = [allure.feature("Network"), pytest.mark.lg_feature("network")]
 
 
 @allure.story("Connection lost")
-@pytest.mark.demo(cost=2)
 @pytest.mark.smoke
 def test_connection_lost_in_the_middle_of_the_download(
     device: Device, update: Update, faults: Faults

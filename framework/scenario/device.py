@@ -425,7 +425,9 @@ class Device:
         if result.code in INSTALLED_EXIT_CODES:
             self.did.append(f"{update.name} installed")
         else:
-            self.did.append(f"{update.name} refused: {cause}")
+            # A killed updater says nothing.
+            why = f"refused: {cause}" if cause else f"not installed, exit code {result.code}"
+            self.did.append(f"{update.name} {why}")
         self.note("updater", f"install ended with exit code {result.code} {cause}".strip())
         armed = self.uut.signs.armed.search(cause) is not None
         return InstallEnded(update.name, result.code, cause, armed=armed)
