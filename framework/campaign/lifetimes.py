@@ -117,6 +117,8 @@ class Schedule:
         module: "" for images; else the updates are packages, and this is what their update module
             is like, as `Laboratory.device` takes it.
         bootloader: one of BOOTLOADERS.
+        slot: where v1 is: "a", or "b", so that what a boot loader falls back to without any
+            variables is the slot that is updated.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -128,6 +130,7 @@ class Schedule:
     scripts: str = ""
     module: str = ""
     bootloader: str = "uboot"
+    slot: str = "a"
 
     @property
     def sick(self) -> bool:
@@ -170,6 +173,8 @@ class Schedule:
             actions = tuple(values.pop("actions"))
             if values.get("bootloader", "uboot") not in BOOTLOADERS:
                 raise ValueError(f"there is no boot loader {values['bootloader']!r}")
+            if values.get("slot", "a") not in SLOT_OFFSETS:
+                raise ValueError(f"there is no slot {values['slot']!r}")
             return cls(faults=faults, actions=actions, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no schedule: {error}") from error
@@ -180,6 +185,7 @@ class Schedule:
         scripts = f" with scripts ({self.scripts})" if self.scripts else ""
         what = f"a package ({self.module})" if self.module else "an image"
         where = " under GRUB" if self.bootloader == "grub" else ""
+        where += " from slot b" if self.slot == "b" else ""
         did = ", ".join(self.actions)
         return f"{did} {what} that is {self.behaviour}{scripts}{where}: {faults}"
 
@@ -397,7 +403,10 @@ class Life:
             "v3": make_image("v3"),
         }
         self._drive = laboratory.drive(
-            self._plan, fresh=schedule.fresh, bootloader=schedule.bootloader
+            self._plan,
+            fresh=schedule.fresh,
+            bootloader=schedule.bootloader,
+            slot=schedule.slot,
         )
         self._device = laboratory.device(
             schedule.behaviour,

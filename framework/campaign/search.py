@@ -187,7 +187,10 @@ def batch(
 
 
 def draw(rng: random.Random, bootloader: str = "uboot") -> Schedule:
-    """Draw a schedule with one to four faults; a `mixed` boot loader is either of the two."""
+    """Draw a schedule with one to four faults; a `mixed` boot loader is either of the two.
+
+    Under GRUB one in two devices begins in slot b.
+    """
     faults: dict[int, Fault] = {}
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
         fault = _draw_fault(rng)
@@ -210,7 +213,10 @@ def draw(rng: random.Random, bootloader: str = "uboot") -> Schedule:
         module = MODULES[turn // MODULE_SHARE % len(MODULES)]
     if bootloader == MIXED:
         bootloader = BOOTLOADERS[schedule.seed >> 9 & 1]
-    return dataclasses.replace(schedule, scripts=scripts, module=module, bootloader=bootloader)
+    slot = "ab"[schedule.seed >> 10 & 1] if bootloader == "grub" else "a"
+    return dataclasses.replace(
+        schedule, scripts=scripts, module=module, bootloader=bootloader, slot=slot
+    )
 
 
 def vary(rng: random.Random, schedule: Schedule) -> Schedule:
@@ -296,6 +302,8 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         plain = f"{schedule.module.partition('fails=')[0]}fails="
         if schedule.module != plain:
             yield dataclasses.replace(schedule, module=plain)
+    if schedule.slot != "a":
+        yield dataclasses.replace(schedule, slot="a")
     if schedule.bootloader != "uboot":
         yield dataclasses.replace(schedule, bootloader="uboot")
     if schedule.fresh:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from framework.disk.ubootenv import build_copy
-from framework.targets.simulated.bootloader import Choice, Copies, EnvironmentArea, UbootCopies
+from framework.targets.simulated.bootloader import (
+    PARTS,
+    Choice,
+    Copies,
+    EnvironmentArea,
+    UbootCopies,
+)
 from framework.targets.simulated.database import Connection, DataVfs
 from framework.targets.simulated.drive import Disk, Drive, DriveError
 from framework.targets.simulated.filesystem import (
@@ -102,13 +108,15 @@ def read_head(content: bytes) -> ImageFile | None:
     return ImageFile(name, behaviour)
 
 
-@lru_cache(maxsize=8)
-def factory_content(name: str, behaviour: str = "well", bootloader: str = "uboot") -> bytes:
-    """Return the drive of a new device that runs image `name` in slot a."""
+@lru_cache(maxsize=16)
+def factory_content(
+    name: str, behaviour: str = "well", bootloader: str = "uboot", slot: str = "a"
+) -> bytes:
+    """Return the drive of a new device that runs image `name` in `slot`."""
     content = bytearray(DRIVE_BYTES)
     variables = {
-        "mender_boot_part": "2",
-        "mender_boot_part_hex": "2",
+        "mender_boot_part": PARTS[slot],
+        "mender_boot_part_hex": PARTS[slot],
         "upgrade_available": "0",
         "bootcount": "0",
     }
@@ -119,7 +127,7 @@ def factory_content(name: str, behaviour: str = "well", bootloader: str = "uboot
             content[offset : offset + ENVIRONMENT.size] = build_copy(
                 variables, ENVIRONMENT.size, flags=flags
             )
-    content[SLOT_OFFSETS["a"] : SLOT_OFFSETS["a"] + IMAGE_BYTES] = make_image(name, behaviour)
+    content[SLOT_OFFSETS[slot] : SLOT_OFFSETS[slot] + IMAGE_BYTES] = make_image(name, behaviour)
     format_region(content, DATA_OFFSET, DATA_BYTES)
     drive = Drive(content)
     data = FileSystem(drive, DATA_OFFSET, DATA_BYTES)

@@ -80,9 +80,17 @@ def format_block(variables: Mapping[str, str]) -> bytes:
 
 
 def format_copies(content: bytearray, variables: Mapping[str, str]) -> None:
-    """Put both copies, settled, on a drive that is being made."""
+    """Put both copies, settled, on a drive that is being made.
+
+    A variable of someone else's stands among them, so long that they are in two sectors: a torn
+    block may name the new slot, and say of the trial what was true of the old one.
+    """
+    names = list(variables)
+    first = names[: names.index("upgrade_available")]
+    rest = {name: variables[name] for name in names if name not in first}
+    values = {**{name: variables[name] for name in first}, "note": "x" * 440, **rest}
     for copy in COPIES:
-        content[copy : copy + SIZE] = format_block(variables)
+        content[copy : copy + SIZE] = format_block(values)
         content[copy + LOCK : copy + LOCK + SIZE] = format_block({"editing": "0"})
 
 

@@ -75,7 +75,7 @@ class Laboratory:
             path.write_text(f"artifact_name={name}\n")
             self._info[name] = str(path)
         self._artifacts: dict[tuple[str, str, str], bytes] = {}
-        self._used = {name: self._provision(name) for name in BOOTLOADERS}
+        self._used: dict[tuple[str, str], bytes] = {}
 
     def close(self) -> None:
         """Remove the temporary folder, and the VFS from SQLite."""
@@ -119,20 +119,24 @@ class Laboratory:
         device.modular = bool(module)
         return device
 
-    def drive(self, plan: Plan, *, fresh: bool = False, bootloader: str = "uboot") -> Drive:
-        """Make a device's drive; a `fresh` one has no state store yet, others an empty one."""
+    def drive(
+        self, plan: Plan, *, fresh: bool = False, bootloader: str = "uboot", slot: str = "a"
+    ) -> Drive:
+        """Make a device's drive, v1 in `slot`; a `fresh` one has no state store yet."""
         if fresh:
-            return Drive(factory_content("v1", bootloader=bootloader), plan)
-        return Drive(self._used[bootloader], plan)
+            return Drive(factory_content("v1", bootloader=bootloader, slot=slot), plan)
+        if (bootloader, slot) not in self._used:
+            self._used[bootloader, slot] = self._provision(bootloader, slot)
+        return Drive(self._used[bootloader, slot], plan)
 
     def _copies(self, drive: Disk, bootloader: str) -> Copies:
         if bootloader == "grub":
             return GrubCopies(drive, self._grub, self._grub_client)
         return UbootCopies(drive, ENVIRONMENT, self._quirks)
 
-    def _provision(self, bootloader: str) -> bytes:
+    def _provision(self, bootloader: str, slot: str) -> bytes:
         """Return the drive of a device whose client has run before."""
-        drive = Drive(factory_content("v1", bootloader=bootloader))
+        drive = Drive(factory_content("v1", bootloader=bootloader, slot=slot))
         device = SimulatedDevice(
             Surroundings({}, (), self._info),
             vfs=self._vfs,
