@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
+from framework.campaign.contract import Contract
 from framework.disk.models import CacheModel, model_from
 from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS
 from framework.targets.simulated.device import (
@@ -137,6 +138,20 @@ class Schedule:
         """Whether the update must not be committed."""
         stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
         return self.behaviour != "well" or stops or self._module_stops
+
+    @property
+    def failure(self) -> str:
+        """What the cause of the update's failure must name; "" where that depends on more."""
+        if self.faults or self.module or self.actions != ("install",):
+            return ""
+        what, _, script = self.scripts.partition(" ")
+        if what == "fail" and script.startswith(STOPPING[0]):
+            return script
+        if self.behaviour == "well":
+            return script if what == "fail" and script.startswith(STOPPING) else ""
+        return {"unhealthy": "50-sick", "offline": "40-network"}.get(
+            self.behaviour, "the boot loader fell back"
+        )
 
     @property
     def _module_stops(self) -> bool:
@@ -420,9 +435,19 @@ class Life:
         self._device.listener = self._heard
         self._device.ignored_script = self._ignored_script
         self._device.lost_record = self._lose_record
+        self._events: list[Event] = []
+        self._contract = Contract(
+            self._events.append,
+            lambda: self._device.slot,
+            self._settled,
+            lambda: bool(self._struck),
+            scripted=bool(schedule.scripts) and not schedule.scripts.startswith("later"),
+            slots=not schedule.module,
+        )
+        self._device.begins = self._contract.begin
+        self._device.ends = self._contract.end
         self._ignored = _Ignored()
         self._lost_record = False
-        self._events: list[Event] = []
         self._state = "Idle"
         self._struck: list[Strike] = []
         self._installing = "v2"
@@ -583,8 +608,12 @@ class Life:
     def _status(self) -> None:
         if not self._running or (self._schedule.module and self._device.is_updating()):
             return  # what it runs is neither the one nor the other
-        status = self._device.status()
+        status = self._device.status(
+            lambda lines, updating: self._contract.status(lines, updating=updating)
+        )
         if status is not None:
+            if self._schedule.failure and status[1] in ("failed", "rolled-back"):
+                self._contract.cause(status[2], self._schedule.failure)
             name, hidden = status[0], self._ignored.certain
             if name == "v2" + INCONSISTENT and self._ignored.any:
                 # That an error had to be ignored is what is to be told, wherever it led.
@@ -635,6 +664,12 @@ class Life:
             self._events.append(seen)
         return seen
 
+    def _settled(self) -> bool:
+        """Whether the slot that runs is the one that is started next, and not on trial."""
+        variables = self._device.copies.seen().variables
+        named = SLOTS.get(variables.get("mender_boot_part", ""))
+        return named == self._device.slot and variables.get("upgrade_available") != "1"
+
     def _slot(self, slot: str) -> SlotState:
         for name, image in self._images.items():
             if self._drive.holds(SLOT_OFFSETS[slot], image):
@@ -654,6 +689,7 @@ class Life:
         self._events.append(DataChecked(True, intact, detail))
 
     def _heard(self, line: str) -> None:
+        self._contract.heard(line)
         if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
             if self._state == "Download":

@@ -41,6 +41,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -86,27 +87,37 @@ PRELOADED: Final = (
 """What nothing of a mutant is in; the processes start with it."""
 LIFETIME_S: Final = 3.0
 """CPU time that one lifetime may take; the shipped client's longest takes 0.05 s."""
+FIRST: Final = 100
+"""Lifetimes that every mutant lives through before any lives through all of them."""
 FATES: Final = {0: "survived", 1: "killed", 2: "differs"}
 SURVIVED, KILLED, DIFFERS, HARNESS = 0, 1, 2, 3
 EXPLAINED: Final = Path(__file__).with_name("survivors.json")
+TEXTS: Final = frozenset(
+    ("updater.device.states", name) for name in ("diagram", "table", "document")
+)
+"""What makes STATES.md, and nothing on a device; a test compares the file."""
 UNSEEN: Final = re.compile(
     r"_HOUR|TABLE\.items|rows|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415"
 )
 
 
 class Mutant(NamedTuple):
-    """A changed module: its name, how it was changed, its source, and the changed lines."""
+    """A changed module: its name, how it was changed, its source, and the changed lines.
+
+    `place` is the function or class that the change is in, and which of several alike it is.
+    """
 
     module: str
     operator: str
     source: str
     change: str
+    place: str
 
 
 def mutants() -> list[Mutant]:
     """All mutants that lifetimes may see; making them takes a while, so they are kept."""
     sources = [(ROOT / (module.replace(".", "/") + ".py")).read_bytes() for module in MODULES]
-    made_by = repr((OPERATORS, UNSEEN.pattern)).encode()
+    made_by = repr((OPERATORS, UNSEEN.pattern, sorted(TEXTS), 2)).encode()
     state = hashlib.sha256(b"\0".join([made_by, *sources])).hexdigest()
     kept = ROOT / "build" / f"mutants-{state[:16]}.json"
     if not kept.exists():
@@ -146,8 +157,27 @@ def _add(found: list[Mutant], module: str, operator: str, source: str, changed: 
         for line in difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0)
         if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]
-    if lines and not any(UNSEEN.search(line[1:]) for line in lines):
-        found.append(Mutant(module, operator, changed, "\n".join(lines)))
+    if not lines or any(UNSEEN.search(line[1:]) for line in lines):
+        return
+    pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
+    at = next(n for n, (old, new) in enumerate(pairs, 1) if old != new)
+    place = _place(ast.parse(source), at)
+    if (module, place) in TEXTS:
+        return
+    mutant = Mutant(module, operator, changed, "\n".join(lines), place)
+    alike = sum(_key(one).partition(" #")[0] == _key(mutant) for one in found)
+    found.append(mutant._replace(place=f"{place} #{alike + 1}") if alike else mutant)
+
+
+def _place(tree: ast.Module, line: int) -> str:
+    """The functions and classes around a line, the outermost first; "" at the module's level."""
+    names = [
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return ".".join(names)
 
 
 class _Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -241,14 +271,14 @@ class Survey(NamedTuple):
     reached: list[frozenset[str]]
 
 
-def survey() -> Survey:
-    """Have the shipped client live through the lifetimes, in another process, traced."""
+def survey(most: int | None = None) -> Survey:
+    """Have the shipped client live through the (first) lifetimes, in another process, traced."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
         os.close(reading)
         with open(writing, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
-            for one in _survey():
+            for one in itertools.islice(_survey(), most):
                 file.write(json.dumps(one) + "\n")
         os._exit(0)
     os.close(writing)
@@ -345,6 +375,7 @@ def _schedules(lifetimes: Any, laboratory: Any) -> Iterator[str]:
         for behaviour in search.PACKAGED
     ]
     yield from (one.to_json() for one in plain)
+    yield from (one.to_json() for one in _special(lifetimes, laboratory, search))
     bases = [
         schedule(),
         schedule(scripts="ok"),
@@ -370,6 +401,49 @@ def _schedules(lifetimes: Any, laboratory: Any) -> Iterator[str]:
     rng = random.Random(1)
     for _ in range(30):
         yield search.draw(rng).to_json()
+
+
+def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
+    """What few lifetimes come to: a bad network, damage in the store, an environment that refuses.
+
+    Also what an operator does with a package, or while an update has ended half.
+    """
+    fault, schedule = lifetimes.Fault, lifetimes.Schedule
+    for kind in ("break", "corrupt"):
+        for at in (100, 700, 9_000, 60_000, 107_000):
+            yield schedule((fault(at, kind),))
+    for module in (search.MODULES[1], search.MODULES[2], search.MODULES[5]):
+        for actions in (("stage", "restart", "commit"), ("stage", "rollback"), ("stage", "commit")):
+            yield schedule(module=module, actions=actions)
+    for state in ("ArtifactRollbackReboot", "ArtifactFailure"):
+        for reboot in ("Automatic", "Yes"):
+            module = f"reboot={reboot} reverts=Yes fails={state}"
+            yield schedule(module=module, behaviour="unhealthy")
+    refusing = schedule(scripts="fail ArtifactInstall_Leave_00")
+    steps = lifetimes.trace(laboratory, refusing)
+    first = next(
+        step.number
+        for step in steps
+        if (step.state, step.area) == ("ArtifactRollback", "environment")
+    )
+    for times in (1, 2, 3):
+        errors = tuple(fault(first + number, "error") for number in range(times))
+        yield dataclasses.replace(refusing, faults=errors)
+    for after in ((), ("commit",), ("rollback",)):
+        base = schedule(actions=("stage", "restart", *after), scripts="ok")
+        steps = [s for s in lifetimes.trace(laboratory, base) if s.area == "data"]
+        late = [s.number for s in steps if s.state in ("ArtifactCommit", "Cleanup")]
+        for at in late[::2]:
+            yield dataclasses.replace(base, faults=(fault(at, "error"),))
+        for at in late[1::3]:
+            yield dataclasses.replace(base, faults=(fault(at, "flip"), fault(at + 4)))
+    for behaviour in ("well", "unhealthy"):
+        yield schedule(behaviour=behaviour, bootloader="grub", slot="b")
+        yield schedule(behaviour=behaviour, slot="b", scripts="ok")
+    downloading = [s.number for s in lifetimes.trace(laboratory, schedule(scripts="ok"))]
+    for at in downloading[4:40:6]:
+        for kind in ("cut", "error"):
+            yield schedule((fault(at, kind),), scripts="ok")
 
 
 def _places(lifetimes: Any, laboratory: Any, base: Any) -> list[int]:
@@ -407,52 +481,86 @@ def main() -> None:
     # Mutants of one line stand together; a run that is ended early shall be a sample of all.
     random.Random(1).shuffle(found)
     statements = {module: Statements(module) for module in MODULES}
-    kills: Counter[tuple[str, int]] = Counter()
+    for mutant in found if chosen.again else ():
+        if _key(mutant) in results:
+            results[_key(mutant)]["state"] = ""
+    run = _Run(surveyed, state, results, chosen.output, begun + chosen.seconds)
     with contextlib.suppress(KeyboardInterrupt):
-        for number, mutant in enumerate(found, 1):
-            if time.monotonic() - begun > chosen.seconds:
-                break
-            before = results.get(_key(mutant), {})
-            if before.get("state") == state and not chosen.again:
-                continue
-            given = _chosen(mutant, statements[mutant.module], surveyed, kills, before.get("by"))
-            cpu = _cpu_s()
-            trial = try_it(mutant, given)
-            if trial.fate == HARNESS:
-                sys.exit(f"the harness failed at {_key(mutant)}: {trial.why}")
-            if trial.fate == KILLED:
-                kills[mutant.module, trial.by] += 1
-            results[_key(mutant)] = {
-                "fate": FATES[trial.fate],
-                "why": trial.why,
-                "by": surveyed.given[trial.by] if trial.by >= 0 else "",
-                "lifetimes": len(given),
-                "cpu_s": round(_cpu_s() - cpu, 2),
-                "state": state,
-            }
-            _write(chosen.output, results)
-            print(f"{number} of {len(found)}", end="\r", flush=True)
+        # What kills most comes first for all: a run that is ended early is worth more.
+        for most in (FIRST, len(surveyed.given)):
+            for number, mutant in enumerate(found, 1):
+                if run.is_over:
+                    break
+                run.one(mutant, statements[mutant.module], most)
+                print(f"{number} of {len(found)}, {most} lifetimes", end="\r", flush=True)
     sys.exit(_report(found, results, state))
 
 
-def _chosen(
-    mutant: Mutant,
-    statements: Statements,
-    surveyed: Survey,
-    kills: Counter[tuple[str, int]],
-    known: str | None,
-) -> list[tuple[int, str, str]]:
-    """The lifetimes that come to what is changed, the likeliest killers first."""
-    lines = statements.of(mutant)
-    numbers = [
-        number
-        for number, reached in enumerate(surveyed.reached)
-        if lines is None or reached & lines
-    ]
-    numbers.sort(
-        key=lambda number: (surveyed.given[number] != known, -kills[mutant.module, number], number)
-    )
-    return [(number, surveyed.given[number], surveyed.digests[number]) for number in numbers]
+class _Run:
+    """The mutants' trials, with what is known from earlier ones."""
+
+    def __init__(
+        self,
+        surveyed: Survey,
+        state: str,
+        results: dict[str, dict[str, Any]],
+        output: Path,
+        until: float,
+    ) -> None:
+        self._surveyed = surveyed
+        self._state = state
+        self._results = results
+        self._output = output
+        self._until = until
+        self._kills: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > self._until
+
+    def one(self, mutant: Mutant, statements: Statements, most: int) -> None:
+        """Let a mutant live through up to `most` lifetimes, unless that is known already."""
+        before = self._results.get(_key(mutant), {})
+        known = before.get("state") == self._state
+        if known and (before["fate"] == "killed" or before["most"] >= most):
+            return
+        given = self._chosen(mutant, statements, before.get("by"))[:most]
+        cpu = _cpu_s()
+        trial = try_it(mutant, given)
+        if trial.fate == HARNESS:
+            sys.exit(f"the harness failed at {_key(mutant)}: {trial.why}")
+        if trial.fate == KILLED:
+            self._kills[mutant.module, trial.by] += 1
+        self._results[_key(mutant)] = {
+            "fate": FATES[trial.fate],
+            "why": trial.why,
+            "by": self._surveyed.given[trial.by] if trial.by >= 0 else "",
+            "lifetimes": len(given),
+            "most": most,
+            "cpu_s": round(_cpu_s() - cpu, 2),
+            "state": self._state,
+        }
+        _write(self._output, self._results)
+
+    def _chosen(
+        self, mutant: Mutant, statements: Statements, known: str | None
+    ) -> list[tuple[int, str, str]]:
+        """The lifetimes that come to what is changed, the likeliest killers first."""
+        lines, given = statements.of(mutant), self._surveyed.given
+        numbers = [
+            number
+            for number, reached in enumerate(self._surveyed.reached)
+            if lines is None or reached & lines
+        ]
+        numbers.sort(
+            key=lambda number: (
+                given[number] != known,
+                -self._kills[mutant.module, number],
+                number,
+            )
+        )
+        return [(number, given[number], self._surveyed.digests[number]) for number in numbers]
 
 
 def _state(surveyed: Survey) -> str:
@@ -461,7 +569,8 @@ def _state(surveyed: Survey) -> str:
     folders = ("updater/device", "framework/targets/simulated", "framework/verdict")
     paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
     parts += [path.read_text(encoding="utf-8") for path in paths]
-    parts.append((ROOT / "framework/campaign/lifetimes.py").read_text(encoding="utf-8"))
+    for name in ("lifetimes", "contract"):
+        parts.append((ROOT / f"framework/campaign/{name}.py").read_text(encoding="utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -506,15 +615,17 @@ def _show(name: str, of: list[tuple[Mutant, str]]) -> None:
 
 
 def _key(mutant: Mutant) -> str:
-    """What a survivor is known by, wherever the line moves."""
-    return f"{mutant.module} {mutant.operator}\n{mutant.change}"
+    """What a mutant is known by, wherever the line moves."""
+    return f"{mutant.module} {mutant.operator}\n{mutant.change}\nin {mutant.place}"
 
 
 def _explained() -> dict[str, str]:
     """Why a survivor can't be seen, by `_key`."""
     entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
     return {
-        f"{entry['module']} {entry['operator']}\n" + "\n".join(entry["change"]): entry["why"]
+        "\n".join(
+            [f"{entry['module']} {entry['operator']}", *entry["change"], f"in {entry['place']}"]
+        ): entry["why"]
         for entry in entries
     }
 

@@ -177,7 +177,8 @@ class SimulatedDevice:
     `early` is the kernel's habit of writing pages back when it likes. `client` makes the client,
     the shipped one unless a bug is planted; `copies` are the boot variables, and the boot loader
     that reads them (None: U-Boot as it should be). `print` gets the
-    console's lines, `listener` the client's without their prefix, `ignored_script` the name of a
+    console's lines, `listener` the client's without their prefix; `begins` gets a command's
+    verb before it runs, `ends` its exit code behind it; `ignored_script` the name of a
     state script whose failure comes too late to stop anything; `lost_record` is called when the
     client says that it has lost an update's record. `modular`: there is an update module.
     """
@@ -199,6 +200,8 @@ class SimulatedDevice:
         self.lines: list[str] = []
         self.modular = False
         self.listener: Callable[[str], None] = lambda line: None
+        self.begins: Callable[[str], None] = lambda verb: None
+        self.ends: Callable[[int], None] = lambda code: None
         self.now = 1000.0
         self.starts = 0
         self.lost_record: Callable[[], None] = lambda: None
@@ -250,6 +253,7 @@ class SimulatedDevice:
     def run(self, verb: str, source: str = "") -> Command:
         """Run a command of the client in the running system; PowerLost goes through."""
         causes: list[str] = []
+        self.begins(verb)
 
         def listen(line: str) -> None:
             self._line(line)
@@ -264,18 +268,24 @@ class SimulatedDevice:
                 code = last_word(error)
             finally:
                 store.close()
+        self.ends(code)
         cause = causes[-1] if causes else ""
         return Command(code, cause, armed=STILL_ARMED in cause)
 
-    def status(self) -> tuple[str, str, str] | None:
+    def status(
+        self, see: Callable[[list[str], bool], None] = lambda lines, updating: None
+    ) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
 
-        None when it says nothing but an error.
+        None when it says nothing but an error. `see` gets the lines that a person sees, and whether
+        the store has an update in progress.
         """
         store = self._store()
         try:
-            name = self._make_client(store).artifact_name()
+            client = self._make_client(store)
+            name = client.artifact_name()
             last = store.last_outcome()
+            see(client.status(), store.update() is not None)
         except StoreError as error:
             self.say(f"status: {error}")
             return None
