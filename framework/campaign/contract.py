@@ -95,7 +95,9 @@ class Contract:
             self._ended(line, match)
 
     def _enter(self, state: str) -> None:
-        if self._state and state not in ORDER[self._state]:
+        # A module that never says that its rollback is verified is given up in the end.
+        given_up = (self._state, state) == ("ArtifactVerifyRollbackReboot", "Cleanup")
+        if self._state and state not in ORDER[self._state] and (self._slots or not given_up):
             self._broken(f"state {state} follows {self._state}")
         if state == "Download":
             self._ran.clear()

@@ -171,6 +171,14 @@ def test_a_client_that_breaks_a_promise_is_found(
     assert what in verdict.findings[6].evidence
 
 
+def test_a_module_that_never_verifies_its_rollback_is_given_up(laboratory: Laboratory) -> None:
+    """Within one command, which would never end without the limit of states."""
+    endless = "reboot=Yes reverts=Yes fails=ArtifactVerifyRollbackReboot"
+    lifetime = live(laboratory, Schedule(module=endless, behaviour="unhealthy"))
+    assert str(lifetime.verdict) == "PASS"
+    assert any("states without an end" in line for line in lifetime.lines)
+
+
 def test_a_rollback_that_comes_after_the_commit_is_refused(laboratory: Laboratory) -> None:
     """The commit's record could not be written; the rollback that came next said that all is well.
 

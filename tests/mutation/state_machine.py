@@ -14,9 +14,10 @@ became of it:
     survived  nothing of that
 
 A mutant that differs is noticed, too (that is how a changed message is), but not by what must hold
-whatever the client looks like. Those that survived or differ are to be explained: `survivors.json`,
-beside this program, says for each why no invariant can see it. Exit code 1 where a survivor is not
-explained there.
+whatever the client looks like. `survivors.json`, beside this program, explains those that survived
+or differ: a mutant is *equivalent* (whatever a device does, it is the same) or *unreached* (no
+lifetime comes to what it changes, a lack of the simulation). The score is of all that are not
+equivalent. Exit code 1 where a survivor is not explained.
 
 What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not
 simulated), messages, and names in annotations.
@@ -415,6 +416,8 @@ def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
     for module in (search.MODULES[1], search.MODULES[2], search.MODULES[5]):
         for actions in (("stage", "restart", "commit"), ("stage", "rollback"), ("stage", "commit")):
             yield schedule(module=module, actions=actions)
+    endless = "reboot=Yes reverts=Yes fails=ArtifactVerifyRollbackReboot"
+    yield schedule(module=endless, behaviour="unhealthy")
     for state in ("ArtifactRollbackReboot", "ArtifactFailure"):
         for reboot in ("Automatic", "Yes"):
             module = f"reboot={reboot} reverts=Yes fails={state}"
@@ -592,25 +595,28 @@ def _report(found: list[Mutant], results: dict[str, dict[str, Any]], state: str)
     _show("all", tried)
     missing = 0
     for mutant, fate in tried:
-        why = explained.get(_key(mutant), "")
+        kind, why = explained.get(_key(mutant), ("", ""))
         if fate == "killed":
             if why:
                 print(f"explained, and killed all the same: {_key(mutant)}")
             continue
         missing += fate == "survived" and not why
-        print(f"{fate}: {_key(mutant)}\n  {why or 'not explained'}")
+        print(f"{fate}: {_key(mutant)}\n  {f'{kind}: {why}' if why else 'not explained'}")
     return 1 if missing else 0
 
 
 def _show(name: str, of: list[tuple[Mutant, str]]) -> None:
     explained = _explained()
-    alike = sum(fate != "killed" and _key(mutant) in explained for mutant, fate in of)
+    alike = sum(
+        fate != "killed" and explained.get(_key(mutant), ("",))[0] == "equivalent"
+        for mutant, fate in of
+    )
     if len(of) > alike:
         killed, differs = _count(of, "killed"), _count(of, "differs")
         print(
-            f"{name}: {len(of)} mutants, {alike} explained; of the other {len(of) - alike}"
+            f"{name}: {len(of)} mutants, {alike} equivalent; of the other {len(of) - alike}"
             f" {killed} killed by an invariant ({killed / (len(of) - alike):.1%});"
-            f" {differs} differ and {_count(of, 'survived')} survived, explained or not"
+            f" {differs} differ and {_count(of, 'survived')} survived"
         )
 
 
@@ -619,13 +625,13 @@ def _key(mutant: Mutant) -> str:
     return f"{mutant.module} {mutant.operator}\n{mutant.change}\nin {mutant.place}"
 
 
-def _explained() -> dict[str, str]:
-    """Why a survivor can't be seen, by `_key`."""
+def _explained() -> dict[str, tuple[str, str]]:
+    """By `_key`: what kind a survivor is of, and why."""
     entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
     return {
         "\n".join(
             [f"{entry['module']} {entry['operator']}", *entry["change"], f"in {entry['place']}"]
-        ): entry["why"]
+        ): (entry["kind"], entry["why"])
         for entry in entries
     }
 
