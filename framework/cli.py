@@ -382,6 +382,13 @@ def import_log_command(log: Path, image: Path, facts: Path, device: str, output:
     type=click.Choice(CACHE_MODELS),
     help="every pair of power cuts of one update under this cache model; repeatable",
 )
+@click.option(
+    "--bootloader",
+    type=click.Choice(("uboot", "grub", "mixed")),
+    default="uboot",
+    show_default=True,
+    help="the devices' boot loader; mixed: either, by the seed",
+)
 @click.option("--replay", metavar="FILE", help="live through one schedule, and show it")
 @click.option("--coverage", is_flag=True, help="one process; which branches of the client ran")
 @click.option("--promote", metavar="FILE", help="live through one schedule on the rig --rig")
@@ -399,6 +406,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     workers: int,
     single: bool,
     double: tuple[str, ...],
+    bootloader: str,
     replay: str | None,
     coverage: bool,
     promote: str | None,
@@ -423,7 +431,7 @@ def simulate(  # noqa: PLR0917 - click passes them by name
         raise SystemExit(run_promote(promote, rig or Path("rigs/qemu-arm64.yaml"), console))
     if replay is not None:
         raise SystemExit(run_replay(replay, console))
-    search = Search(lifetimes, seed, workers, single=single, double=double)
+    search = Search(lifetimes, seed, workers, single=single, double=double, bootloader=bootloader)
     if coverage:
         raise SystemExit(run_coverage(search, console))
     raise SystemExit(run_simulate(search, output, console))

@@ -28,11 +28,11 @@ from framework.campaign.bundle import SUFFIX, read_bundle
 from framework.campaign.kept import RIG, is_simulated, keep, schedule_of
 from framework.campaign.lifetimes import Fault, Schedule, live
 from framework.campaign.models import CACHE_MODELS
-from framework.campaign.search import BATCH, Found, Tally, batch, doubles, shrink, singles
+from framework.campaign.search import BATCH, MIXED, Found, Tally, batch, doubles, shrink, singles
 from framework.faults import FaultError
 from framework.targets.errors import SimulationError
 from framework.targets.simulated.device import CLIENT_FOLDER
-from framework.targets.simulated.laboratory import Laboratory
+from framework.targets.simulated.laboratory import BOOTLOADERS, Laboratory
 from framework.verdict import Outcome
 
 FILE_VERSION: Final = 1
@@ -55,6 +55,7 @@ class Search:
         workers: processes.
         single: every cut of one update, under every model.
         double: cache models under which every pair of cuts of one update is lived through.
+        bootloader: the devices': "uboot", "grub", or "mixed" for either.
     """
 
     lifetimes: int
@@ -62,6 +63,7 @@ class Search:
     workers: int
     single: bool = False
     double: tuple[str, ...] = ()
+    bootloader: str = "uboot"
 
 
 def run_simulate(search: Search, output: Path, console: Console) -> int:
@@ -252,17 +254,18 @@ Job = tuple[str, tuple[Any, ...]]
 
 def _jobs(search: Search) -> Iterator[Job]:
     """What the workers do, as plain values; each job is its own, whoever does it."""
-    laboratory = Laboratory()
-    try:
-        operations = live(laboratory, Schedule()).exposed
-    finally:
-        laboratory.close()
-    if search.single:
-        yield from (("single", (operations, model)) for model in CACHE_MODELS)
-    for model in search.double:
-        yield from (("double", (at, model)) for at in range(1, operations + 1))
+    for bootloader in BOOTLOADERS if search.bootloader == MIXED else (search.bootloader,):
+        laboratory = Laboratory()
+        try:
+            operations = live(laboratory, Schedule(bootloader=bootloader)).exposed
+        finally:
+            laboratory.close()
+        if search.single:
+            yield from (("single", (bootloader, operations, model)) for model in CACHE_MODELS)
+        for model in search.double:
+            yield from (("double", (bootloader, at, model)) for at in range(1, operations + 1))
     batches = -(-search.lifetimes // BATCH)
-    yield from (("batch", (search.seed, number)) for number in range(batches))
+    yield from (("batch", (search.seed, number, search.bootloader)) for number in range(batches))
 
 
 _laboratory: Laboratory | None = None
@@ -292,15 +295,17 @@ def _work(job: Job) -> Tally:
 def _do(laboratory: Laboratory, job: Job) -> Tally:
     kind, arguments = job
     if kind == "batch":
-        return batch(laboratory, *arguments)
+        seed, number, bootloader = arguments
+        return batch(laboratory, seed, number, bootloader=bootloader)
     tally = Tally()
     if kind == "single":
-        operations, model = arguments
-        for schedule in singles(operations, (model,)):
+        bootloader, operations, model = arguments
+        for schedule in singles(operations, (model,), Schedule(bootloader=bootloader)):
             tally.live(laboratory, schedule)
         return tally
-    at, model = arguments
-    for schedule in doubles(laboratory, Fault(at, "cut", model, at)):
+    bootloader, at, model = arguments
+    base = Schedule(bootloader=bootloader)
+    for schedule in doubles(laboratory, Fault(at, "cut", model, at), base):
         tally.live(laboratory, schedule)
     return tally
 

@@ -15,15 +15,15 @@ import random
 from collections.abc import Callable
 from typing import Final
 
+from framework.campaign.contract import Contract
 from framework.disk.models import CacheModel, model_from
-from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS, read_copies
+from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS
 from framework.targets.simulated.device import (
     CANARY,
     CANARY_CONTENT,
     DATA_BYTES,
     DATA_OFFSET,
     DONE,
-    ENVIRONMENT,
     IMAGE_BYTES,
     SLOT_OFFSETS,
     Command,
@@ -33,7 +33,7 @@ from framework.targets.simulated.device import (
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
-from framework.targets.simulated.laboratory import SCRIPTS, Laboratory
+from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -117,6 +117,9 @@ class Schedule:
         scripts: the artifact's state scripts, as `Laboratory.artifact` takes them.
         module: "" for images; else the updates are packages, and this is what their update module
             is like, as `Laboratory.device` takes it.
+        bootloader: one of BOOTLOADERS.
+        slot: where v1 is: "a", or "b", so that what a boot loader falls back to without any
+            variables is the slot that is updated.
     """
 
     faults: tuple[Fault, ...] = ()
@@ -127,12 +130,28 @@ class Schedule:
     fresh: bool = False
     scripts: str = ""
     module: str = ""
+    bootloader: str = "uboot"
+    slot: str = "a"
 
     @property
     def sick(self) -> bool:
         """Whether the update must not be committed."""
         stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
         return self.behaviour != "well" or stops or self._module_stops
+
+    @property
+    def failure(self) -> str:
+        """What the cause of the update's failure must name; "" where that depends on more."""
+        if self.faults or self.module or self.actions != ("install",):
+            return ""
+        what, _, script = self.scripts.partition(" ")
+        if what == "fail" and script.startswith(STOPPING[0]):
+            return script
+        if self.behaviour == "well":
+            return script if what == "fail" and script.startswith(STOPPING) else ""
+        return {"unhealthy": "50-sick", "offline": "40-network"}.get(
+            self.behaviour, "the boot loader fell back"
+        )
 
     @property
     def _module_stops(self) -> bool:
@@ -167,6 +186,10 @@ class Schedule:
             values = json.loads(text)
             faults = tuple(Fault(*fault) for fault in values.pop("faults"))
             actions = tuple(values.pop("actions"))
+            if values.get("bootloader", "uboot") not in BOOTLOADERS:
+                raise ValueError(f"there is no boot loader {values['bootloader']!r}")
+            if values.get("slot", "a") not in SLOT_OFFSETS:
+                raise ValueError(f"there is no slot {values['slot']!r}")
             return cls(faults=faults, actions=actions, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no schedule: {error}") from error
@@ -176,7 +199,10 @@ class Schedule:
         faults = "; ".join(map(str, sorted(self.faults))) or "no fault"
         scripts = f" with scripts ({self.scripts})" if self.scripts else ""
         what = f"a package ({self.module})" if self.module else "an image"
-        return f"{', '.join(self.actions)} {what} that is {self.behaviour}{scripts}: {faults}"
+        where = " under GRUB" if self.bootloader == "grub" else ""
+        where += " from slot b" if self.slot == "b" else ""
+        did = ", ".join(self.actions)
+        return f"{did} {what} that is {self.behaviour}{scripts}{where}: {faults}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -242,8 +268,11 @@ def trace(laboratory: Laboratory, schedule: Schedule) -> list[Operation]:
 class _Plan:
     """Turns a schedule's drive faults into actions, and tells `strike` what struck."""
 
-    def __init__(self, faults: tuple[Fault, ...], strike: Callable[[Fault], None]) -> None:
+    def __init__(
+        self, faults: tuple[Fault, ...], strike: Callable[[Fault], None], *, grub: bool
+    ) -> None:
         self._strike = strike
+        self._grub = grub
         self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
         self.due = min(self._faults, default=0)
         self.cut = (_model("kept"), 0)
@@ -252,6 +281,8 @@ class _Plan:
     def at(self, step: Step) -> Action:
         fault = self._faults.pop(step.number)
         self.due = min(self._faults, default=0)
+        if self._grub and fault.kind == "flip" and area_of(step.offset) == "environment":
+            return ""  # GRUB's blocks have no checksum: nobody could see it
         self._strike(fault)
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
@@ -282,8 +313,10 @@ class _TracingPlan(_Plan):
         faults: tuple[Fault, ...],
         strike: Callable[[Fault], None],
         see: Callable[[Step], None],
+        *,
+        grub: bool,
     ) -> None:
-        super().__init__(faults, strike)
+        super().__init__(faults, strike, grub=grub)
         self._see = see
         self.due = 1
 
@@ -366,10 +399,11 @@ class Life:
     ) -> None:
         self._schedule = schedule
         self.operations: list[Operation] = []
+        grub = schedule.bootloader == "grub"
         self._plan = (
-            _TracingPlan(schedule.faults, self._strike, self._see)
+            _TracingPlan(schedule.faults, self._strike, self._see, grub=grub)
             if traced
-            else _Plan(schedule.faults, self._strike)
+            else _Plan(schedule.faults, self._strike, grub=grub)
         )
         self._hash_drives = hash_drives
         self._drives: list[str] = []
@@ -383,21 +417,37 @@ class Life:
             "v2": make_image("v2", schedule.behaviour),
             "v3": make_image("v3"),
         }
-        self._drive = laboratory.drive(self._plan, fresh=schedule.fresh)
+        self._drive = laboratory.drive(
+            self._plan,
+            fresh=schedule.fresh,
+            bootloader=schedule.bootloader,
+            slot=schedule.slot,
+        )
         self._device = laboratory.device(
             schedule.behaviour,
             schedule.scripts,
             drive=self._drive,
             module=schedule.module,
+            bootloader=schedule.bootloader,
             early=early,
             network=self._download,
         )
         self._device.listener = self._heard
         self._device.ignored_script = self._ignored_script
         self._device.lost_record = self._lose_record
+        self._events: list[Event] = []
+        self._contract = Contract(
+            self._events.append,
+            lambda: self._device.slot,
+            self._settled,
+            lambda: bool(self._struck),
+            scripted=bool(schedule.scripts) and not schedule.scripts.startswith("later"),
+            slots=not schedule.module,
+        )
+        self._device.begins = self._contract.begin
+        self._device.ends = self._contract.end
         self._ignored = _Ignored()
         self._lost_record = False
-        self._events: list[Event] = []
         self._state = "Idle"
         self._struck: list[Strike] = []
         self._installing = "v2"
@@ -558,8 +608,12 @@ class Life:
     def _status(self) -> None:
         if not self._running or (self._schedule.module and self._device.is_updating()):
             return  # what it runs is neither the one nor the other
-        status = self._device.status()
+        status = self._device.status(
+            lambda lines, updating: self._contract.status(lines, updating=updating)
+        )
         if status is not None:
+            if self._schedule.failure and status[1] in ("failed", "rolled-back"):
+                self._contract.cause(status[2], self._schedule.failure)
             name, hidden = status[0], self._ignored.certain
             if name == "v2" + INCONSISTENT and self._ignored.any:
                 # That an error had to be ignored is what is to be told, wherever it led.
@@ -594,7 +648,7 @@ class Life:
     # Witnesses.
 
     def _look(self, moment: str) -> DiskSeen:
-        found = read_copies(self._drive, ENVIRONMENT)
+        found = self._device.copies.seen()
         variables = found.variables
         count = variables.get("bootcount", "0")
         environment = BootEnvironment(
@@ -609,6 +663,12 @@ class Life:
             # A package is in no slot.
             self._events.append(seen)
         return seen
+
+    def _settled(self) -> bool:
+        """Whether the slot that runs is the one that is started next, and not on trial."""
+        variables = self._device.copies.seen().variables
+        named = SLOTS.get(variables.get("mender_boot_part", ""))
+        return named == self._device.slot and variables.get("upgrade_available") != "1"
 
     def _slot(self, slot: str) -> SlotState:
         for name, image in self._images.items():
@@ -629,6 +689,7 @@ class Life:
         self._events.append(DataChecked(True, intact, detail))
 
     def _heard(self, line: str) -> None:
+        self._contract.heard(line)
         if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
             if self._state == "Download":

@@ -28,7 +28,7 @@ from framework.campaign.lifetimes import (
     live,
 )
 from framework.campaign.models import CACHE_MODELS
-from framework.targets.simulated.laboratory import Laboratory
+from framework.targets.simulated.laboratory import BOOTLOADERS, Laboratory
 
 BATCH: Final = 250
 """Lifetimes of one batch."""
@@ -79,7 +79,10 @@ KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
 DOWNLOAD_BYTES: Final = 108_000
+MIXED: Final = "mixed"
+"""Either boot loader, as the schedule's seed says."""
 _SHRINK_RUNS: Final = 400
+_PLAIN: Final = Schedule()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,29 +145,37 @@ class Tally:
         self.verdicts += other.verdicts
 
 
-def singles(operations: int, models: Sequence[str] = CACHE_MODELS) -> Iterator[Schedule]:
+def singles(
+    operations: int, models: Sequence[str] = CACHE_MODELS, base: Schedule = _PLAIN
+) -> Iterator[Schedule]:
     """Every cut of an update of `operations` operations, under every model."""
     for model in models:
         for at in range(1, operations + 1):
-            yield Schedule((Fault(at, "cut", model, at),))
+            yield dataclasses.replace(base, faults=(Fault(at, "cut", model, at),))
 
 
-def doubles(laboratory: Laboratory, first: Fault) -> Iterator[Schedule]:
+def doubles(laboratory: Laboratory, first: Fault, base: Schedule = _PLAIN) -> Iterator[Schedule]:
     """Every schedule with `first` and a second cut of the same model after it."""
-    alone = live(laboratory, Schedule((first,)))
+    alone = live(laboratory, dataclasses.replace(base, faults=(first,)))
     for at in range(first.at + 1, alone.exposed + 1):
-        yield Schedule((first, Fault(at, "cut", first.model, at)))
+        yield dataclasses.replace(base, faults=(first, Fault(at, "cut", first.model, at)))
 
 
-def batch(laboratory: Laboratory, seed: int, number: int, lifetimes: int = BATCH) -> Tally:
-    """Live one batch of random and varied schedules."""
+def batch(
+    laboratory: Laboratory,
+    seed: int,
+    number: int,
+    lifetimes: int = BATCH,
+    bootloader: str = "uboot",
+) -> Tally:
+    """Live one batch of random and varied schedules; `bootloader` as `draw` takes it."""
     rng = random.Random(f"{seed} {number}")  # noqa: S311 - has to be reproducible
     tally = Tally()
     seen: set[tuple[str, ...]] = set()
     corpus: list[Schedule] = []
     for _ in range(lifetimes):
         fresh = not corpus or rng.random() < 0.5
-        schedule = draw(rng) if fresh else vary(rng, rng.choice(corpus))
+        schedule = draw(rng, bootloader) if fresh else vary(rng, rng.choice(corpus))
         lifetime = tally.live(laboratory, schedule)
         if lifetime is None:
             continue
@@ -175,8 +186,11 @@ def batch(laboratory: Laboratory, seed: int, number: int, lifetimes: int = BATCH
     return tally
 
 
-def draw(rng: random.Random) -> Schedule:
-    """Draw a schedule with one to four faults."""
+def draw(rng: random.Random, bootloader: str = "uboot") -> Schedule:
+    """Draw a schedule with one to four faults; a `mixed` boot loader is either of the two.
+
+    Under GRUB one in two devices begins in slot b.
+    """
     faults: dict[int, Fault] = {}
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4))):
         fault = _draw_fault(rng)
@@ -197,7 +211,12 @@ def draw(rng: random.Random) -> Schedule:
     module, turn = "", turn // len(TOO_LATE)
     if turn % MODULE_SHARE == 0 and schedule.behaviour in PACKAGED:
         module = MODULES[turn // MODULE_SHARE % len(MODULES)]
-    return dataclasses.replace(schedule, scripts=scripts, module=module)
+    if bootloader == MIXED:
+        bootloader = BOOTLOADERS[schedule.seed >> 9 & 1]
+    slot = "ab"[schedule.seed >> 10 & 1] if bootloader == "grub" else "a"
+    return dataclasses.replace(
+        schedule, scripts=scripts, module=module, bootloader=bootloader, slot=slot
+    )
 
 
 def vary(rng: random.Random, schedule: Schedule) -> Schedule:
@@ -283,6 +302,10 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         plain = f"{schedule.module.partition('fails=')[0]}fails="
         if schedule.module != plain:
             yield dataclasses.replace(schedule, module=plain)
+    if schedule.slot != "a":
+        yield dataclasses.replace(schedule, slot="a")
+    if schedule.bootloader != "uboot":
+        yield dataclasses.replace(schedule, bootloader="uboot")
     if schedule.fresh:
         yield dataclasses.replace(schedule, fresh=False)
     if schedule.early:

@@ -14,6 +14,7 @@ from framework.verdict import (
     BootSeen,
     CommitReached,
     Committed,
+    ContractChecked,
     DataChecked,
     DiskSeen,
     Event,
@@ -82,5 +83,7 @@ def _step(event: Event) -> str:
             return f"status: {artifact} {outcome}".strip()
         case RetryEnded(artifact=artifact, committed=committed):
             return f"{artifact} {'' if committed else 'not '}committed in the end"
+        case ContractChecked(what=what, kept=kept):
+            return f"promise {'kept' if kept else 'broken'}: {what}"
         case ServerTold(artifact=artifact, status=status):
             return f"server told of {artifact}: {status}"

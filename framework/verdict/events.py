@@ -189,6 +189,19 @@ class RetryEnded:
 
 
 @frozen
+class ContractChecked:
+    """A promise of the client's that does not show on the disk, and whether it was kept.
+
+    Attributes:
+        what: the promise, or how it was broken.
+        kept: whether it was kept.
+    """
+
+    what: str
+    kept: bool
+
+
+@frozen
 class ServerTold:
     """What the management server was told, once the device had nothing more to do.
 
@@ -214,6 +227,7 @@ Event = (
     | DataChecked
     | StatusRead
     | RetryEnded
+    | ContractChecked
     | ServerTold
 )
 

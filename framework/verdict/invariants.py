@@ -14,6 +14,7 @@ from framework.verdict.events import (
     BootSeen,
     CommitReached,
     Committed,
+    ContractChecked,
     DataChecked,
     DiskSeen,
     InstallEnded,
@@ -221,6 +222,10 @@ def truthful(run: Run) -> Finding:
                 broken.append(f"says the update was {event.outcome}, without a cause")
             if event.hidden:
                 broken.append(f"does not tell that an error was ignored: {event.hidden}")
+        elif isinstance(event, ContractChecked):
+            looked_at += 1
+            if not event.kept:
+                broken.append(event.what)
         elif isinstance(event, ServerTold):
             looked_at += 1
             if event.status in TOLD_GOOD and event.artifact != running:

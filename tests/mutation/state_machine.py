@@ -1,6 +1,6 @@
 """The mutation score of the client's state machine, with simulated lifetimes as the killer.
 
-    python tests/mutation/state_machine.py [--seconds N] [--seed N] [--only TEXT] [--survivors]
+    python tests/mutation/state_machine.py [--only TEXT] [--fate FATE] [--again] [--seconds N]
 
 The mutations are cosmic-ray's (its operators; its runner rewrites the checkout's files, which
 other programs use meanwhile), and one of ours for the state table: each transition leads elsewhere.
@@ -14,17 +14,26 @@ became of it:
     survived  nothing of that
 
 A mutant that differs is noticed, too (that is how a changed message is), but not by what must hold
-whatever the client looks like. Survivors are to be explained: `survivors.json`, beside this
-program, says for each why it can't be seen. Exit code 1 where one is not explained there.
+whatever the client looks like. `survivors.json`, beside this program, explains those that survived
+or differ: a mutant is *equivalent* (whatever a device does, it is the same) or *unreached* (no
+lifetime comes to what it changes, a lack of the simulation). The score is of all that are not
+equivalent. Exit code 1 where a survivor is not explained.
 
 What lifetimes can't see at all is not counted: deadlines (time limits are a port that is not
-simulated), messages, and names in annotations. Mutants are tried in an order drawn from the seed,
-so that a run that was bounded is a fair sample.
+simulated), messages, and names in annotations.
+
+What makes it quick: the shipped client lives through the list once, traced, and a mutant gets only
+the lifetimes that come to the statement that is changed, those first that killed most mutants of
+the same module so far; the first that kills it ends it; one that goes round is ended after
+`LIFETIME_S` of CPU. Results are kept beside each other in `--output`: a run that is ended goes on
+where it was, and once the client or the list has changed, what killed a mutant before is tried
+first.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -33,17 +42,20 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import random
 import re
 import resource
+import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO
 
 ROOT: Final = Path(__file__).parents[2]
 MODULES: Final = ("updater.device.states", "updater.device.model", "updater.device.client")
@@ -74,31 +86,39 @@ PRELOADED: Final = (
     "updater.artifact.signature",
 )
 """What nothing of a mutant is in; the processes start with it."""
-CPU_LIMIT_S: Final = 40
-"""What a mutant may use; the shipped client uses a tenth. One that goes round needs more."""
+LIFETIME_S: Final = 3.0
+"""CPU time that one lifetime may take; the shipped client's longest takes 0.05 s."""
+FIRST: Final = 100
+"""Lifetimes that every mutant lives through before any lives through all of them."""
 FATES: Final = {0: "survived", 1: "killed", 2: "differs"}
 SURVIVED, KILLED, DIFFERS, HARNESS = 0, 1, 2, 3
-ENOUGH: Final = 40
-"""Lifetimes that differ, and violate nothing, before a mutant is given up."""
 EXPLAINED: Final = Path(__file__).with_name("survivors.json")
+TEXTS: Final = frozenset(
+    ("updater.device.states", name) for name in ("diagram", "table", "document")
+)
+"""What makes STATES.md, and nothing on a device; a test compares the file."""
 UNSEEN: Final = re.compile(
     r"_HOUR|TABLE\.items|rows|^\s*(?:say\(|\"|f\"|#)|_KEEP|TYPE_CHECKING|noqa: PLC0415"
 )
 
 
 class Mutant(NamedTuple):
-    """A changed module: its name, how it was changed, its source, and the changed lines."""
+    """A changed module: its name, how it was changed, its source, and the changed lines.
+
+    `place` is the function or class that the change is in, and which of several alike it is.
+    """
 
     module: str
     operator: str
     source: str
     change: str
+    place: str
 
 
 def mutants() -> list[Mutant]:
     """All mutants that lifetimes may see; making them takes a while, so they are kept."""
     sources = [(ROOT / (module.replace(".", "/") + ".py")).read_bytes() for module in MODULES]
-    made_by = repr((OPERATORS, UNSEEN.pattern)).encode()
+    made_by = repr((OPERATORS, UNSEEN.pattern, sorted(TEXTS), 2)).encode()
     state = hashlib.sha256(b"\0".join([made_by, *sources])).hexdigest()
     kept = ROOT / "build" / f"mutants-{state[:16]}.json"
     if not kept.exists():
@@ -138,8 +158,27 @@ def _add(found: list[Mutant], module: str, operator: str, source: str, changed: 
         for line in difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0)
         if line[:1] in "+-" and line[:3] not in ("+++", "---")
     ]
-    if lines and not any(UNSEEN.search(line[1:]) for line in lines):
-        found.append(Mutant(module, operator, changed, "\n".join(lines)))
+    if not lines or any(UNSEEN.search(line[1:]) for line in lines):
+        return
+    pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
+    at = next(n for n, (old, new) in enumerate(pairs, 1) if old != new)
+    place = _place(ast.parse(source), at)
+    if (module, place) in TEXTS:
+        return
+    mutant = Mutant(module, operator, changed, "\n".join(lines), place)
+    alike = sum(_key(one).partition(" #")[0] == _key(mutant) for one in found)
+    found.append(mutant._replace(place=f"{place} #{alike + 1}") if alike else mutant)
+
+
+def _place(tree: ast.Module, line: int) -> str:
+    """The functions and classes around a line, the outermost first; "" at the module's level."""
+    names = [
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and node.lineno <= line <= (node.end_lineno or node.lineno)
+    ]
+    return ".".join(names)
 
 
 class _Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -161,72 +200,162 @@ class _Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self._mutant.source, self._mutant.module, "exec"), module.__dict__)
 
 
-def try_it(mutant: Mutant | None, given: list[str], reference: list[str]) -> tuple[int, list[str]]:
-    """In a process of its own: a mutant's fate, and a digest of each lifetime it lived through."""
+class Trial(NamedTuple):
+    """What became of a mutant: its fate, what showed it, and the schedule (its number, or -1)."""
+
+    fate: int
+    why: str
+    by: int
+
+
+def try_it(mutant: Mutant, given: Sequence[tuple[int, str, str]]) -> Trial:
+    """Let a mutant live, in a process of its own, through `given`: number, schedule, digest."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid:
         os.close(writing)
-        with open(reading, encoding="ascii") as file:  # noqa: PTH123 - a descriptor
-            digests = file.read().split()
+        with open(reading, encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+            told = file.read().splitlines()
         _, status = os.waitpid(pid, 0)
+        number, _, why = (told[-1] if told else "-1 ").partition(" ")
         if os.WIFSIGNALED(status):
-            return KILLED, []  # it went round in circles, or crashed the interpreter
-        return os.WEXITSTATUS(status), digests
+            # It went round in circles, or crashed the interpreter.
+            return Trial(KILLED, f"signal {os.WTERMSIG(status)}", int(number))
+        return Trial(os.WEXITSTATUS(status), why, int(number))
     code = HARNESS
-    try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
-        if mutant is not None:
+    with open(writing, "w", encoding="utf-8") as tell:  # noqa: PTH123 - a descriptor
+        try:
             sys.meta_path.insert(0, _Instead(mutant))
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
-        code = _live_through(given, reference, writing)
-    except BaseException:  # noqa: BLE001 - a mutant may fail in any way
-        code = KILLED
-    finally:
-        os._exit(code)
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), 2)
+            code = _live_through(given, tell)
+        except BaseException as error:  # noqa: BLE001 - a mutant may fail in any way
+            tell.write(f"-1 {type(error).__name__}\n")
+            code = KILLED
+        finally:
+            tell.flush()
+            os._exit(code)
 
 
-def _live_through(given: list[str], reference: list[str], writing: int) -> int:
+def _live_through(given: Sequence[tuple[int, str, str]], tell: TextIO) -> int:
     lifetimes = importlib.import_module("framework.campaign.lifetimes")
     laboratory = importlib.import_module("framework.targets.simulated.laboratory").Laboratory()
-    code, differing = SURVIVED, 0
-    for number, text in enumerate(given):
+    differs = ""
+    for number, text, expected in given:
+        tell.write(f"{number} \n")
+        tell.flush()
+        signal.setitimer(signal.ITIMER_PROF, LIFETIME_S)
         lifetime = lifetimes.live(laboratory, lifetimes.Schedule.from_json(text))
-        digest = hashlib.sha256(repr((lifetime.lines, lifetime.events)).encode()).hexdigest()
-        os.write(writing, f"{digest}\n".encode())
-        internal = any("error: internal:" in line for line in lifetime.lines)
-        if internal or lifetime.verdict.violated:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        why = next((line for line in lifetime.lines if "error: internal:" in line), "")
+        if why or lifetime.verdict.violated:
+            tell.write(f"{number} {why or lifetime.verdict}\n")
             return KILLED
-        if reference and digest != reference[number]:
-            code = DIFFERS
-            differing += 1
-        if differing >= ENOUGH:
-            break
-    return code
+        if not differs and _digest(lifetime) != expected:
+            differs = f"{number} \n"
+    tell.write(differs or "-1 \n")
+    return DIFFERS if differs else SURVIVED
 
 
-def schedules() -> list[str]:
-    """The lifetimes, as text: they are made once, by the shipped client, in another process."""
+def _digest(lifetime: Any) -> str:
+    return hashlib.sha256(repr((lifetime.lines, lifetime.events)).encode()).hexdigest()[:16]
+
+
+class Survey(NamedTuple):
+    """The lifetimes, and for each a digest of what the shipped client made of it.
+
+    `reached`: the lines of each module that it ran, as "module:line".
+    """
+
+    given: list[str]
+    digests: list[str]
+    reached: list[frozenset[str]]
+
+
+def survey(most: int | None = None) -> Survey:
+    """Have the shipped client live through the (first) lifetimes, in another process, traced."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
         os.close(reading)
         with open(writing, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
-            file.writelines(f"{text}\n" for text in _schedules())
+            for one in itertools.islice(_survey(), most):
+                file.write(json.dumps(one) + "\n")
         os._exit(0)
     os.close(writing)
     with open(reading, encoding="utf-8") as file:  # noqa: PTH123
-        made = file.read().splitlines()
-    os.waitpid(pid, 0)
-    return made
+        found: list[Any] = [json.loads(line) for line in file]
+    _, status = os.waitpid(pid, 0)
+    if status or not found:
+        sys.exit("the client itself does not survive the lifetimes")
+    given, digests, reached = zip(*found, strict=True)
+    return Survey(list(given), list(digests), [frozenset(lines) for lines in reached])
 
 
-def _schedules() -> Iterator[str]:
-    """First what shows most: the order decides how soon a mutant is killed."""
+def _survey() -> Iterator[tuple[str, str, list[str]]]:
     lifetimes = importlib.import_module("framework.campaign.lifetimes")
-    search = importlib.import_module("framework.campaign.search")
     laboratory = importlib.import_module("framework.targets.simulated.laboratory").Laboratory()
+    files = {str(ROOT / (module.replace(".", "/") + ".py")): module for module in MODULES}
+    lines: set[str] = set()
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        name = files.get(frame.f_code.co_filename)
+        if name is None:
+            return None
+
+        def local(frame: Any, event: str, _: object) -> Any:
+            lines.add(f"{name}:{frame.f_lineno}")
+            return local
+
+        return local(frame, event, None)
+
+    for text in _schedules(lifetimes, laboratory):
+        lines.clear()
+        sys.settrace(trace)
+        try:
+            lifetime = lifetimes.live(laboratory, lifetimes.Schedule.from_json(text))
+        finally:
+            sys.settrace(None)
+        if lifetime.verdict.violated:
+            sys.exit(f"the client itself does not survive {text}: {lifetime.verdict}")
+        yield text, _digest(lifetime), sorted(lines)
+
+
+class Statements:
+    """Which lines of a module belong to the statement that a line is in."""
+
+    def __init__(self, module: str) -> None:
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        self._module = module
+        self._source = source.splitlines()
+        self._spans: list[tuple[int, int, bool]] = []
+        self._visit(ast.parse(source), inside=False)
+
+    def _visit(self, node: ast.AST, *, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt | ast.ExceptHandler):
+                body = getattr(child, "body", None) or getattr(child, "cases", None)
+                last = child.end_lineno or child.lineno
+                if isinstance(body, list) and body:
+                    last = max(child.lineno, body[0].lineno - 1)
+                self._spans.append((child.lineno, last, inside))
+            self._visit(child, inside=inside or isinstance(child, ast.FunctionDef))
+
+    def of(self, mutant: Mutant) -> frozenset[str] | None:
+        """The lines, as a survey names them; None: at the module's level, where all come by."""
+        changed = mutant.source.splitlines()
+        pairs = zip(self._source, changed, strict=False)
+        at = next(n for n, (old, new) in enumerate(pairs, 1) if old != new)
+        spans = [span for span in self._spans if span[0] <= at <= span[1]]
+        first, last, inside = min(spans, key=lambda span: span[1] - span[0])
+        if not inside:
+            return None
+        return frozenset(f"{self._module}:{line}" for line in range(first, last + 1))
+
+
+def _schedules(lifetimes: Any, laboratory: Any) -> Iterator[str]:
+    """First what shows most: the order decides how soon a mutant is killed."""
+    search = importlib.import_module("framework.campaign.search")
     fault, schedule = lifetimes.Fault, lifetimes.Schedule
 
     failing = sorted({*search.SCRIPTED, *search.TOO_LATE} - {""})
@@ -247,6 +376,7 @@ def _schedules() -> Iterator[str]:
         for behaviour in search.PACKAGED
     ]
     yield from (one.to_json() for one in plain)
+    yield from (one.to_json() for one in _special(lifetimes, laboratory, search))
     bases = [
         schedule(),
         schedule(scripts="ok"),
@@ -274,6 +404,51 @@ def _schedules() -> Iterator[str]:
         yield search.draw(rng).to_json()
 
 
+def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
+    """What few lifetimes come to: a bad network, damage in the store, an environment that refuses.
+
+    Also what an operator does with a package, or while an update has ended half.
+    """
+    fault, schedule = lifetimes.Fault, lifetimes.Schedule
+    for kind in ("break", "corrupt"):
+        for at in (100, 700, 9_000, 60_000, 107_000):
+            yield schedule((fault(at, kind),))
+    for module in (search.MODULES[1], search.MODULES[2], search.MODULES[5]):
+        for actions in (("stage", "restart", "commit"), ("stage", "rollback"), ("stage", "commit")):
+            yield schedule(module=module, actions=actions)
+    endless = "reboot=Yes reverts=Yes fails=ArtifactVerifyRollbackReboot"
+    yield schedule(module=endless, behaviour="unhealthy")
+    for state in ("ArtifactRollbackReboot", "ArtifactFailure"):
+        for reboot in ("Automatic", "Yes"):
+            module = f"reboot={reboot} reverts=Yes fails={state}"
+            yield schedule(module=module, behaviour="unhealthy")
+    refusing = schedule(scripts="fail ArtifactInstall_Leave_00")
+    steps = lifetimes.trace(laboratory, refusing)
+    first = next(
+        step.number
+        for step in steps
+        if (step.state, step.area) == ("ArtifactRollback", "environment")
+    )
+    for times in (1, 2, 3):
+        errors = tuple(fault(first + number, "error") for number in range(times))
+        yield dataclasses.replace(refusing, faults=errors)
+    for after in ((), ("commit",), ("rollback",)):
+        base = schedule(actions=("stage", "restart", *after), scripts="ok")
+        steps = [s for s in lifetimes.trace(laboratory, base) if s.area == "data"]
+        late = [s.number for s in steps if s.state in ("ArtifactCommit", "Cleanup")]
+        for at in late[::2]:
+            yield dataclasses.replace(base, faults=(fault(at, "error"),))
+        for at in late[1::3]:
+            yield dataclasses.replace(base, faults=(fault(at, "flip"), fault(at + 4)))
+    for behaviour in ("well", "unhealthy"):
+        yield schedule(behaviour=behaviour, bootloader="grub", slot="b")
+        yield schedule(behaviour=behaviour, slot="b", scripts="ok")
+    downloading = [s.number for s in lifetimes.trace(laboratory, schedule(scripts="ok"))]
+    for at in downloading[4:40:6]:
+        for kind in ("cut", "error"):
+            yield schedule((fault(at, kind),), scripts="ok")
+
+
 def _places(lifetimes: Any, laboratory: Any, base: Any) -> list[int]:
     """The operations from ArtifactInstall on at which something was just made durable, or is."""
     last = lifetimes.live(laboratory, base).exposed
@@ -289,75 +464,174 @@ def _places(lifetimes: Any, laboratory: Any, base: Any) -> list[int]:
 def main() -> None:
     """Try the mutants, print the score."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="when to stop")
-    parser.add_argument("--seed", type=int, default=1, help="of the order")
-    parser.add_argument("--skip", type=int, default=0, help="how many of that order to leave out")
+    parser.add_argument("--seconds", type=float, default=86400.0, help="when to stop")
     parser.add_argument("--only", default="", help="only changes that contain this text")
-    parser.add_argument("--survivors", action="store_true", help="only those in survivors.json")
+    parser.add_argument("--fate", default="", help="only mutants that became of this before")
+    parser.add_argument("--again", action="store_true", help="try also what is in the output")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "mutants.json")
     chosen = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     for name in PRELOADED:
         importlib.import_module(name)
-    given = schedules()
-    code, reference = try_it(None, given, [])
-    if code != SURVIVED:
-        sys.exit("the client itself does not survive the lifetimes")
-    print(f"{len(given)} lifetimes a mutant")
-    explained = _explained()
-    found = [mutant for mutant in mutants() if chosen.only in mutant.change]
-    if chosen.survivors:
-        found = [mutant for mutant in found if _key(mutant) in explained]
-    random.Random(chosen.seed).shuffle(found)
     begun = time.monotonic()
-    tried: list[tuple[Mutant, str]] = []
+    surveyed = survey()
+    print(f"{len(surveyed.given)} lifetimes, lived through in {time.monotonic() - begun:.0f} s")
+    state = _state(surveyed)
+    results = _read(chosen.output)
+    found = [mutant for mutant in mutants() if chosen.only in mutant.change]
+    if chosen.fate:
+        found = [m for m in found if results.get(_key(m), {}).get("fate") == chosen.fate]
+    # Mutants of one line stand together; a run that is ended early shall be a sample of all.
+    random.Random(1).shuffle(found)
+    statements = {module: Statements(module) for module in MODULES}
+    for mutant in found if chosen.again else ():
+        if _key(mutant) in results:
+            results[_key(mutant)]["state"] = ""
+    run = _Run(surveyed, state, results, chosen.output, begun + chosen.seconds)
     with contextlib.suppress(KeyboardInterrupt):
-        for mutant in found[chosen.skip :]:
-            if time.monotonic() - begun > chosen.seconds:
-                break
-            code, _ = try_it(mutant, given, reference)
-            tried.append((mutant, FATES.get(code, "killed")))
-            print(
-                f"{len(tried)} of {len(found)}: {_count(tried, 'killed')} killed,"
-                f" {_count(tried, 'survived')} survived",
-                end="\r",
-                flush=True,
+        # What kills most comes first for all: a run that is ended early is worth more.
+        for most in (FIRST, len(surveyed.given)):
+            for number, mutant in enumerate(found, 1):
+                if run.is_over:
+                    break
+                run.one(mutant, statements[mutant.module], most)
+                print(f"{number} of {len(found)}, {most} lifetimes", end="\r", flush=True)
+    sys.exit(_report(found, results, state))
+
+
+class _Run:
+    """The mutants' trials, with what is known from earlier ones."""
+
+    def __init__(
+        self,
+        surveyed: Survey,
+        state: str,
+        results: dict[str, dict[str, Any]],
+        output: Path,
+        until: float,
+    ) -> None:
+        self._surveyed = surveyed
+        self._state = state
+        self._results = results
+        self._output = output
+        self._until = until
+        self._kills: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() > self._until
+
+    def one(self, mutant: Mutant, statements: Statements, most: int) -> None:
+        """Let a mutant live through up to `most` lifetimes, unless that is known already."""
+        before = self._results.get(_key(mutant), {})
+        known = before.get("state") == self._state
+        if known and (before["fate"] == "killed" or before["most"] >= most):
+            return
+        given = self._chosen(mutant, statements, before.get("by"))[:most]
+        cpu = _cpu_s()
+        trial = try_it(mutant, given)
+        if trial.fate == HARNESS:
+            sys.exit(f"the harness failed at {_key(mutant)}: {trial.why}")
+        if trial.fate == KILLED:
+            self._kills[mutant.module, trial.by] += 1
+        self._results[_key(mutant)] = {
+            "fate": FATES[trial.fate],
+            "why": trial.why,
+            "by": self._surveyed.given[trial.by] if trial.by >= 0 else "",
+            "lifetimes": len(given),
+            "most": most,
+            "cpu_s": round(_cpu_s() - cpu, 2),
+            "state": self._state,
+        }
+        _write(self._output, self._results)
+
+    def _chosen(
+        self, mutant: Mutant, statements: Statements, known: str | None
+    ) -> list[tuple[int, str, str]]:
+        """The lifetimes that come to what is changed, the likeliest killers first."""
+        lines, given = statements.of(mutant), self._surveyed.given
+        numbers = [
+            number
+            for number, reached in enumerate(self._surveyed.reached)
+            if lines is None or reached & lines
+        ]
+        numbers.sort(
+            key=lambda number: (
+                given[number] != known,
+                -self._kills[mutant.module, number],
+                number,
             )
-            _write(chosen.output, found, tried)
-    print()
+        )
+        return [(number, given[number], self._surveyed.digests[number]) for number in numbers]
+
+
+def _state(surveyed: Survey) -> str:
+    """What a result depends on, but for the mutant: the client, the lifetimes, the judges."""
+    parts = [repr(surveyed.given), repr(surveyed.digests)]
+    folders = ("updater/device", "framework/targets/simulated", "framework/verdict")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    parts += [path.read_text(encoding="utf-8") for path in paths]
+    for name in ("lifetimes", "contract"):
+        parts.append((ROOT / f"framework/campaign/{name}.py").read_text(encoding="utf-8"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _report(found: list[Mutant], results: dict[str, dict[str, Any]], state: str) -> int:
+    explained = _explained()
+    tried = [
+        (mutant, results[_key(mutant)]["fate"])
+        for mutant in found
+        if results.get(_key(mutant), {}).get("state") == state
+    ]
+    print(f"{len(tried)} of {len(found)} tried")
     for module in MODULES:
         _show(module, [(mutant, fate) for mutant, fate in tried if mutant.module == module])
     _show("all", tried)
-    unexplained = 0
+    missing = 0
     for mutant, fate in tried:
-        if fate == "survived":
-            why = explained.get(_key(mutant), "")
-            unexplained += not why
-            print(f"{fate}: {mutant.module} {mutant.operator}\n{mutant.change}")
-            print(f"  {why or 'not explained'}")
-    sys.exit(1 if unexplained else 0)
+        kind, why = explained.get(_key(mutant), ("", ""))
+        if fate == "killed":
+            if why:
+                print(f"explained, and killed all the same: {_key(mutant)}")
+            continue
+        missing += fate == "survived" and not why
+        print(f"{fate}: {_key(mutant)}\n  {f'{kind}: {why}' if why else 'not explained'}")
+    return 1 if missing else 0
 
 
 def _show(name: str, of: list[tuple[Mutant, str]]) -> None:
-    if of:
+    explained = _explained()
+    alike = sum(
+        fate != "killed" and explained.get(_key(mutant), ("",))[0] == "equivalent"
+        for mutant, fate in of
+    )
+    if len(of) > alike:
         killed, differs = _count(of, "killed"), _count(of, "differs")
         print(
-            f"{name}: {len(of)} mutants, {killed} killed by an invariant ({killed / len(of):.0%}),"
-            f" {differs} more seen to differ ({(killed + differs) / len(of):.0%}),"
-            f" {_count(of, 'survived')} survived"
+            f"{name}: {len(of)} mutants, {alike} equivalent; of the other {len(of) - alike}"
+            f" {killed} killed by an invariant ({killed / (len(of) - alike):.1%});"
+            f" {differs} differ and {_count(of, 'survived')} survived"
         )
 
 
 def _key(mutant: Mutant) -> str:
-    """What a survivor is known by, wherever the line moves."""
-    return f"{mutant.module} {mutant.operator}\n{mutant.change}"
+    """What a mutant is known by, wherever the line moves."""
+    return f"{mutant.module} {mutant.operator}\n{mutant.change}\nin {mutant.place}"
 
 
-def _explained() -> dict[str, str]:
-    """Why a survivor can't be seen, by `_key`."""
+def _explained() -> dict[str, tuple[str, str]]:
+    """By `_key`: what kind a survivor is of, and why."""
     entries = json.loads(EXPLAINED.read_text(encoding="utf-8"))
     return {
-        f"{entry['module']} {entry['operator']}\n" + "\n".join(entry["change"]): entry["why"]
+        "\n".join(
+            [f"{entry['module']} {entry['operator']}", *entry["change"], f"in {entry['place']}"]
+        ): (entry["kind"], entry["why"])
         for entry in entries
     }
 
@@ -366,26 +640,15 @@ def _count(tried: list[tuple[Mutant, str]], wanted: str) -> int:
     return sum(fate == wanted for _, fate in tried)
 
 
-def _write(path: Path, found: list[Mutant], tried: list[tuple[Mutant, str]]) -> None:
-    survivors = [
-        {
-            "fate": fate,
-            "module": mutant.module,
-            "operator": mutant.operator,
-            "change": mutant.change.splitlines(),
-        }
-        for mutant, fate in tried
-        if fate != "killed"
-    ]
-    values = {
-        "mutants": len(found),
-        "tried": len(tried),
-        "killed": _count(tried, "killed"),
-        "differ": _count(tried, "differs"),
-        "survivors": survivors,
-    }
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _write(path: Path, results: dict[str, dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -87,30 +87,6 @@ class LeaveToDaemon(NoObserver):
         return not update.deployment
 
 
-class NoScripts:
-    """No state scripts at all."""
-
-    def take(self, scripts: object) -> None:
-        """Refuse: whoever passes scripts means them to run."""
-        if scripts:
-            raise UpdaterError("the artifact has state scripts, which cannot be run here")
-
-    def has(self, state: str, action: str) -> bool:
-        """Say no."""
-        return False
-
-    def run(self, state: str, action: str, *, ignore_errors: bool) -> str:
-        """Return at once."""
-        return ""
-
-    def drop(self) -> None:
-        """Return at once."""
-
-    def left_over(self) -> bool:
-        """Say no."""
-        return False
-
-
 def no_limit(what: str, seconds: float) -> AbstractContextManager[None]:
     """Set no limit: time that nobody measures does not run out."""
     return nullcontext()
@@ -126,7 +102,7 @@ class Ports(NamedTuple):
     transport: Transport
     reboot: Reboot
     health: Health
-    scripts: Scripts = NoScripts()
+    scripts: Scripts
     modules: Modules | None = None
     observer: Observer = NoObserver()
     limit: Limit = no_limit
@@ -227,7 +203,8 @@ class Client:
                 f"nothing to commit: {self._update.artifact_name} is held before its installation"
             )
         self._follow(decision)
-        if decision in (Decision.CLOSE_INTERRUPTED, Decision.CLOSE_ROLLED_BACK):
+        ended = decision is Decision.CLEAN_UP and self._result is not Result.COMMITTED
+        if ended or decision in (Decision.CLOSE_INTERRUPTED, Decision.CLOSE_ROLLED_BACK):
             raise NothingInProgressError("nothing to commit: the update is not running")
 
     def rollback(self) -> None:
@@ -240,7 +217,8 @@ class Client:
             self._run(State.ROLLBACK)
             return
         self._follow(decision)
-        if decision is Decision.FINISH_COMMIT:
+        ended = decision is Decision.CLEAN_UP and self._result is Result.COMMITTED
+        if ended or decision is Decision.FINISH_COMMIT:
             raise NothingInProgressError("nothing to roll back: the update was committed")
 
     def artifact_name(self) -> str:

@@ -10,12 +10,13 @@ A rule can be broken on purpose (`Bootloader.quirks`), so that a search can show
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from framework.disk.ubootenv import UbootEnvironment, build_copy, parse_environment
 from framework.targets.simulated.drive import Disk, DriveError
+from updater.device.errors import BootEnvError
 
 KEYS: Final = (
     "mender_boot_part",
@@ -40,6 +41,47 @@ class Choice(NamedTuple):
     slot: str | None
     trial: bool
     environment: int
+
+
+class Seen(Protocol):
+    """The copies as they are on the drive."""
+
+    @property
+    def valid_copies(self) -> int:
+        """How many are valid."""
+        ...
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """What the one that counts says."""
+        ...
+
+
+class Copies(Protocol):
+    """The boot variables of one device: the boot loader's, init's, and the client's way to them."""
+
+    def start(self, loads: Callable[[str], bool]) -> Choice:
+        """Run the boot loader once; `loads` says whether a slot's kernel can be loaded."""
+        ...
+
+    def restore(self, use: int, slot: str) -> list[str]:
+        """Do what init does before the client runs; return what went wrong.
+
+        `use` is the copy that the boot loader used, 0 for none; `slot` the one that runs.
+        """
+        ...
+
+    def read(self) -> dict[str, str]:
+        """The variables (the client's port)."""
+        ...
+
+    def write(self, values: Mapping[str, str]) -> None:
+        """Set variables (the client's port)."""
+        ...
+
+    def seen(self) -> Seen:
+        """The copies, read from outside the device."""
+        ...
 
 
 class EnvironmentArea(NamedTuple):
@@ -70,6 +112,58 @@ def read_copies(drive: Disk, area: EnvironmentArea) -> UbootEnvironment:
 @lru_cache(maxsize=4096)
 def _parsed(first: bytes | None, second: bytes | None) -> UbootEnvironment:
     return parse_environment((first, second), redundant=True)
+
+
+class UbootCopies:
+    """U-Boot's redundant environment, and libubootenv's way to it."""
+
+    def __init__(
+        self, drive: Disk, area: EnvironmentArea, quirks: frozenset[str] = frozenset()
+    ) -> None:
+        self._drive = drive
+        self._area = area
+        self._quirks = quirks
+
+    def start(self, loads: Callable[[str], bool]) -> Choice:
+        """Run the boot loader once."""
+        return Bootloader(self._drive, self._area, loads, self._quirks).start()
+
+    def restore(self, use: int, slot: str) -> list[str]:
+        """Where no copy counted, write both anew."""
+        said = []
+        for name in ("mender_boot_part", "mender_boot_part_hex") if use == 0 else ():
+            try:
+                self.write({name: PARTS[slot]}, {"bootcount": "0", "upgrade_available": "0"})
+            except BootEnvError as error:
+                said.append(str(error))
+        return said
+
+    def read(self) -> dict[str, str]:
+        """The variables (the client's port)."""
+        found = self.seen()
+        if found.current is None:
+            raise BootEnvError("boot environment: no copy is valid")
+        return dict(found.variables)
+
+    def write(self, values: Mapping[str, str], default: Mapping[str, str] | None = None) -> None:
+        """Put the whole environment over the older copy, and flush: libubootenv's way."""
+        found = self.seen()
+        where, flags = 0, 1
+        if found.current is not None:
+            where = 1 - found.current
+            flags = ((found.copies[found.current].flags or 0) + 1) % 256
+        variables = {**(found.variables or default or {}), **values}
+        area = self._area
+        try:
+            content = build_copy(variables, area.size, flags=flags)
+            self._drive.write(area.offsets[where], content)
+            self._drive.flush()
+        except DriveError as error:
+            raise BootEnvError(f"boot environment: write failed: {error.strerror}") from error
+
+    def seen(self) -> UbootEnvironment:
+        """The copies, read from outside the device."""
+        return read_copies(self._drive, self._area)
 
 
 class Bootloader:

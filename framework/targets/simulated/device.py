@@ -21,10 +21,10 @@ from typing import Any, Final, NamedTuple
 from framework.disk.ubootenv import build_copy
 from framework.targets.simulated.bootloader import (
     PARTS,
-    Bootloader,
     Choice,
+    Copies,
     EnvironmentArea,
-    read_copies,
+    UbootCopies,
 )
 from framework.targets.simulated.database import Connection, DataVfs
 from framework.targets.simulated.drive import Disk, Drive, DriveError
@@ -34,13 +34,13 @@ from framework.targets.simulated.filesystem import (
     FileSystemError,
     format_region,
 )
+from framework.targets.simulated.grub import format_copies
 from framework.targets.simulated.packages import PackageModule, read_package
 from updater.device import console
 from updater.device.client import LOST_RECORD, STILL_ARMED, Client, Ports
 from updater.device.command import EXIT_REBOOT_NEEDED, last_word, operate
 from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
 from updater.device.errors import (
-    BootEnvError,
     HealthError,
     InterruptedBySignal,
     ScriptError,
@@ -108,21 +108,26 @@ def read_head(content: bytes) -> ImageFile | None:
     return ImageFile(name, behaviour)
 
 
-@lru_cache(maxsize=8)
-def factory_content(name: str, behaviour: str = "well") -> bytes:
-    """Return the drive of a new device that runs image `name` in slot a."""
+@lru_cache(maxsize=16)
+def factory_content(
+    name: str, behaviour: str = "well", bootloader: str = "uboot", slot: str = "a"
+) -> bytes:
+    """Return the drive of a new device that runs image `name` in `slot`."""
     content = bytearray(DRIVE_BYTES)
     variables = {
-        "mender_boot_part": "2",
-        "mender_boot_part_hex": "2",
+        "mender_boot_part": PARTS[slot],
+        "mender_boot_part_hex": PARTS[slot],
         "upgrade_available": "0",
         "bootcount": "0",
     }
-    for flags, offset in enumerate(ENVIRONMENT.offsets, 1):
-        content[offset : offset + ENVIRONMENT.size] = build_copy(
-            variables, ENVIRONMENT.size, flags=flags
-        )
-    content[SLOT_OFFSETS["a"] : SLOT_OFFSETS["a"] + IMAGE_BYTES] = make_image(name, behaviour)
+    if bootloader == "grub":
+        format_copies(content, variables)
+    else:
+        for flags, offset in enumerate(ENVIRONMENT.offsets, 1):
+            content[offset : offset + ENVIRONMENT.size] = build_copy(
+                variables, ENVIRONMENT.size, flags=flags
+            )
+    content[SLOT_OFFSETS[slot] : SLOT_OFFSETS[slot] + IMAGE_BYTES] = make_image(name, behaviour)
     format_region(content, DATA_OFFSET, DATA_BYTES)
     drive = Drive(content)
     data = FileSystem(drive, DATA_OFFSET, DATA_BYTES)
@@ -170,8 +175,10 @@ class SimulatedDevice:
     """One device over many starts.
 
     `early` is the kernel's habit of writing pages back when it likes. `client` makes the client,
-    the shipped one unless a bug is planted; `quirks` are the boot loader's. `print` gets the
-    console's lines, `listener` the client's without their prefix, `ignored_script` the name of a
+    the shipped one unless a bug is planted; `copies` are the boot variables, and the boot loader
+    that reads them (None: U-Boot as it should be). `print` gets the
+    console's lines, `listener` the client's without their prefix; `begins` gets a command's
+    verb before it runs, `ends` its exit code behind it; `ignored_script` the name of a
     state script whose failure comes too late to stop anything; `lost_record` is called when the
     client says that it has lost an update's record. `modular`: there is an update module.
     """
@@ -184,14 +191,17 @@ class SimulatedDevice:
         drive: Disk,
         early: Callable[[], bool] | None = None,
         client: Callable[[Config, Ports], Client] = Client,
-        quirks: frozenset[str] = frozenset(),
+        copies: Copies | None = None,
     ) -> None:
         self.surroundings = surroundings
         self.drive = drive
+        self.copies: Copies = copies or UbootCopies(drive, ENVIRONMENT)
         self.print: Callable[[str], None] = lambda line: None
         self.lines: list[str] = []
         self.modular = False
         self.listener: Callable[[str], None] = lambda line: None
+        self.begins: Callable[[str], None] = lambda verb: None
+        self.ends: Callable[[int], None] = lambda code: None
         self.now = 1000.0
         self.starts = 0
         self.lost_record: Callable[[], None] = lambda: None
@@ -202,7 +212,6 @@ class SimulatedDevice:
         self._vfs = vfs
         self._early = early
         self._client = client
-        self._quirks = quirks
         vfs.restart()
 
     # What a person or the harness does.
@@ -244,6 +253,7 @@ class SimulatedDevice:
     def run(self, verb: str, source: str = "") -> Command:
         """Run a command of the client in the running system; PowerLost goes through."""
         causes: list[str] = []
+        self.begins(verb)
 
         def listen(line: str) -> None:
             self._line(line)
@@ -258,18 +268,24 @@ class SimulatedDevice:
                 code = last_word(error)
             finally:
                 store.close()
+        self.ends(code)
         cause = causes[-1] if causes else ""
         return Command(code, cause, armed=STILL_ARMED in cause)
 
-    def status(self) -> tuple[str, str, str] | None:
+    def status(
+        self, see: Callable[[list[str], bool], None] = lambda lines, updating: None
+    ) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
 
-        None when it says nothing but an error.
+        None when it says nothing but an error. `see` gets the lines that a person sees, and whether
+        the store has an update in progress.
         """
         store = self._store()
         try:
-            name = self._make_client(store).artifact_name()
+            client = self._make_client(store)
+            name = client.artifact_name()
             last = store.last_outcome()
+            see(client.status(), store.update() is not None)
         except StoreError as error:
             self.say(f"status: {error}")
             return None
@@ -320,7 +336,7 @@ class SimulatedDevice:
         def loads(slot: str) -> bool:
             return read_head(self._read_slot(slot, 512)) is not None
 
-        choice = Bootloader(self.drive, ENVIRONMENT, loads, self._quirks).start()
+        choice = self.copies.start(loads)
         self.say(
             f"BROWNOUT: booting slot {choice.slot} upgrade_available={int(choice.trial)} "
             if choice.slot
@@ -338,13 +354,8 @@ class SimulatedDevice:
             self.say(f"data lost: {error.strerror}")
             self.data = _in_memory()
         self._vfs.disk = self.data
-        if choice.environment == 0:
-            part = PARTS[self.slot]
-            for name in ("mender_boot_part", "mender_boot_part_hex"):
-                try:
-                    self.write({name: part}, {"bootcount": "0", "upgrade_available": "0"})
-                except BootEnvError as error:
-                    self.say(f"init: {error}")
+        for said in self.copies.restore(choice.environment, self.slot):
+            self.say(f"init: {said}")
         command = self.run("resume")
         if command.exit_code == EXIT_REBOOT_NEEDED:
             self._unmount()
@@ -395,7 +406,7 @@ class SimulatedDevice:
         )
         ports = Ports(
             machine=_Machine(self),
-            bootenv=self,
+            bootenv=self.copies,
             store=store,
             clock=_Clock(self),
             transport=_Transport(self),
@@ -412,29 +423,6 @@ class SimulatedDevice:
 
     def _store(self) -> SqliteStore:
         return SqliteStore(DATABASE, _Files(self))
-
-    def read(self) -> dict[str, str]:
-        """The boot environment's variables (the client's port)."""
-        found = read_copies(self.drive, ENVIRONMENT)
-        if found.current is None:
-            raise BootEnvError("boot environment: no copy is valid")
-        return dict(found.variables)
-
-    def write(self, values: Mapping[str, str], default: Mapping[str, str] | None = None) -> None:
-        """Put the whole environment over the older copy, and flush: libubootenv's way."""
-        found = read_copies(self.drive, ENVIRONMENT)
-        where, flags = 0, 1
-        if found.current is not None:
-            where = 1 - found.current
-            flags = ((found.copies[found.current].flags or 0) + 1) % 256
-        variables = {**(found.variables or default or {}), **values}
-        try:
-            self.drive.write(
-                ENVIRONMENT.offsets[where], build_copy(variables, ENVIRONMENT.size, flags=flags)
-            )
-            self.drive.flush()
-        except DriveError as error:
-            raise BootEnvError(f"boot environment: write failed: {error.strerror}") from error
 
 
 def _in_memory() -> FileSystem:

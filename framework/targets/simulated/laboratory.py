@@ -6,19 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from framework.targets.simulated.bootloader import Copies, UbootCopies
 from framework.targets.simulated.database import DataVfs
 from framework.targets.simulated.device import (
+    ENVIRONMENT,
     SimulatedDevice,
     Surroundings,
     factory_content,
     make_image,
 )
 from framework.targets.simulated.drive import Disk, Drive, Plan
+from framework.targets.simulated.grub import GrubCopies, shipped_script
 from framework.targets.simulated.packages import KIND, make_package
 from updater.artifact import write_artifact, write_module_artifact
 from updater.artifact.signature import load_private_key
@@ -34,21 +38,31 @@ SCRIPTS = (
     "ArtifactFailure_Enter_00",
 )
 """The state scripts of an artifact that has some."""
+BOOTLOADERS = ("uboot", "grub")
 IMAGES = ("v1", "v2", "v3")
 """What a device is made with, what it is updated to, and one more, which is well."""
 
 
 class Laboratory:
-    """Makes devices, with another client, and a boot loader with quirks, where bugs are planted."""
+    """Makes devices.
+
+    Where bugs are planted: `client` makes another client, `quirks` are U-Boot's, `grub` is GRUB's
+    boot script instead of the shipped one, and `grub_client` makes the client's part of GRUB's
+    environment from the shipped module.
+    """
 
     def __init__(
         self,
         *,
         client: Callable[[Config, Ports], Client] = Client,
         quirks: frozenset[str] = frozenset(),
+        grub: str = "",
+        grub_client: Callable[[ModuleType], type] = lambda module: module.GrubEnvironment,
     ) -> None:
         self._client = client
         self._quirks = quirks
+        self._grub = grub or shipped_script()
+        self._grub_client = grub_client
         self._vfs = DataVfs()
         self._temporary = TemporaryDirectory(prefix="brownout-simulate-")
         self._folder = Path(self._temporary.name)
@@ -61,7 +75,7 @@ class Laboratory:
             path.write_text(f"artifact_name={name}\n")
             self._info[name] = str(path)
         self._artifacts: dict[tuple[str, str, str], bytes] = {}
-        self._used = self._provision()
+        self._used: dict[tuple[str, str], bytes] = {}
 
     def close(self) -> None:
         """Remove the temporary folder, and the VFS from SQLite."""
@@ -75,6 +89,7 @@ class Laboratory:
         *,
         drive: Disk,
         module: str = "",
+        bootloader: str = "uboot",
         early: Callable[[], bool] | None = None,
         network: Callable[[str, bytes], tuple[bytes, bool]] = lambda _, content: (content, False),
     ) -> SimulatedDevice:
@@ -99,19 +114,35 @@ class Laboratory:
             drive=drive,
             early=early,
             client=self._client,
-            quirks=self._quirks,
+            copies=self._copies(drive, bootloader),
         )
         device.modular = bool(module)
         return device
 
-    def drive(self, plan: Plan, *, fresh: bool = False) -> Drive:
-        """Make a device's drive; a `fresh` one has no state store yet, others an empty one."""
-        return Drive(factory_content("v1") if fresh else self._used, plan)
+    def drive(
+        self, plan: Plan, *, fresh: bool = False, bootloader: str = "uboot", slot: str = "a"
+    ) -> Drive:
+        """Make a device's drive, v1 in `slot`; a `fresh` one has no state store yet."""
+        if fresh:
+            return Drive(factory_content("v1", bootloader=bootloader, slot=slot), plan)
+        if (bootloader, slot) not in self._used:
+            self._used[bootloader, slot] = self._provision(bootloader, slot)
+        return Drive(self._used[bootloader, slot], plan)
 
-    def _provision(self) -> bytes:
+    def _copies(self, drive: Disk, bootloader: str) -> Copies:
+        if bootloader == "grub":
+            return GrubCopies(drive, self._grub, self._grub_client)
+        return UbootCopies(drive, ENVIRONMENT, self._quirks)
+
+    def _provision(self, bootloader: str, slot: str) -> bytes:
         """Return the drive of a device whose client has run before."""
-        drive = Drive(factory_content("v1"))
-        device = SimulatedDevice(Surroundings({}, (), self._info), vfs=self._vfs, drive=drive)
+        drive = Drive(factory_content("v1", bootloader=bootloader, slot=slot))
+        device = SimulatedDevice(
+            Surroundings({}, (), self._info),
+            vfs=self._vfs,
+            drive=drive,
+            copies=self._copies(drive, bootloader),
+        )
         device.start()
         device.provision()
         return drive.read(0, drive.size_bytes)

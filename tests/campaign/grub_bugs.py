@@ -1,0 +1,102 @@
+"""Bugs planted in GRUB's boot script and in the client's way to its environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from framework.targets.simulated.grub import shipped_script
+from framework.targets.simulated.laboratory import Laboratory
+
+
+@dataclasses.dataclass(frozen=True)
+class GrubBug:
+    """One bug: what is changed in the script (text, and what stands for it), or in the client."""
+
+    invariants: frozenset[int]
+    script: tuple[tuple[str, str], ...] = ()
+    client: Callable[[ModuleType], type] = lambda module: module.GrubEnvironment
+
+    def laboratory(self) -> Laboratory:
+        """Devices with this bug. AssertionError if the script has not the text to be changed."""
+        text = shipped_script()
+        for old, new in self.script:
+            assert text.count(old) == 1, f"{text.count(old)} times in the script: {old}"
+            text = text.replace(old, new)
+        return Laboratory(grub=text, grub_client=self.client)
+
+
+def one_copy_only(module: ModuleType) -> type:
+    """Writes copy 1 and forgets copy 2."""
+
+    class OneCopy(module.GrubEnvironment):  # type: ignore[name-defined, misc]
+        def _write_copy(self, copy: str, values: Any) -> None:
+            if copy == self._copies[0]:
+                super()._write_copy(copy, values)
+
+    return OneCopy
+
+
+def both_at_once(module: ModuleType) -> type:
+    """Opens both locks before it writes either copy."""
+
+    class Both(module.GrubEnvironment):  # type: ignore[name-defined, misc]
+        def write(self, values: Any) -> None:
+            for copy in self._copies:
+                module._overwrite(module._lock_of(copy), module.format_block({"editing": "1"}))
+            for copy in self._copies:
+                module._overwrite(copy, module.format_block({**(self._before or {}), **values}))
+            for copy in self._copies:
+                module._overwrite(module._lock_of(copy), module.format_block({"editing": "0"}))
+
+        def read(self) -> Any:
+            self._before = super().read()
+            return dict(self._before)
+
+        _before: Any = None
+
+    return Both
+
+
+def leaves_the_lock_open(module: ModuleType) -> type:
+    """Never closes a lock."""
+
+    class Open(module.GrubEnvironment):  # type: ignore[name-defined, misc]
+        def _write_copy(self, copy: str, values: Any) -> None:
+            module._overwrite(module._lock_of(copy), module.format_block({"editing": "1"}))
+            module._overwrite(copy, module.format_block(values))
+
+    return Open
+
+
+GRUB_BUGS = {
+    "client-one-copy": GrubBug(frozenset({1, 3, 4, 7, 8}), client=one_copy_only),
+    "client-both-at-once": GrubBug(frozenset({1, 3, 4, 7, 8}), client=both_at_once),
+    "client-lock-stays-open": GrubBug(frozenset({1, 3, 4, 6, 7, 8}), client=leaves_the_lock_open),
+    "script-copy-2-not-brought-up-to-date": GrubBug(
+        frozenset({1, 3, 4, 7, 8}),
+        script=(('    if [ "$bo_use" = 1 ]; then bo_write "$bo_copy2"; fi\n', ""),),
+    ),
+    "script-lock-stays-closed": GrubBug(
+        frozenset({1, 3, 4, 7, 8}),
+        script=(
+            (
+                "function bo_write {\n    set editing=1\n",
+                "function bo_write {\n    set editing=0\n",
+            ),
+        ),
+    ),
+    "script-counts-nothing": GrubBug(
+        frozenset({1, 8}),
+        script=(("bo_record $mender_boot_part 1 1", "bo_record $mender_boot_part 1 0"),),
+    ),
+    "script-ignores-the-lock": GrubBug(
+        frozenset({1, 2, 3, 4, 6, 7, 8}),
+        script=(('if [ "$editing" = 0 ]; then', 'if [ -n "$editing" ]; then'),),
+    ),
+    "script-one-copy": GrubBug(
+        frozenset({1, 3, 4, 7, 8}), script=(("set bo_copy2=@COPY_2@", "set bo_copy2=@COPY_1@"),)
+    ),
+}
