@@ -6,7 +6,7 @@ started, which takes a place anew. A worker that is killed is a rig's failure, t
 handed back, since its lease's process is seen to be dead.
 
 This uses three things of xdist that are not its public interface: `DSession._clone_node` (as xdist
-itself does for a worker that crashed), and in `worker` the queue and the event of its worker.
+itself does for a worker that crashed), and in `worker` the channel and the event of its worker.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class Controller:
         with contextlib.suppress(InfrastructureError):  # at the end, then
             while True:
                 for freed in free_dead(self._places, run=self.run):
-                    say(str(freed))
+                    self._say(str(freed))
                 if worker not in self.places() or time.monotonic() > deadline:
                     return
                 time.sleep(_DYING_S / 20)
@@ -297,7 +297,7 @@ class Controller:
         if verdict == "INFRASTRUCTURE":
             self._strikes[attempt.place] = self._strikes.get(attempt.place, 0) + 1
             self._reasons[attempt.place] = reason
-            say(f"{attempt.place}: {scenario}: INFRASTRUCTURE: {reason}")
+            self._say(f"{attempt.place}: {scenario}: INFRASTRUCTURE: {reason}")
         else:
             self._strikes[attempt.place] = 0
             self._fit.add(attempt.place)
@@ -330,6 +330,15 @@ class Controller:
                 elapsed_s=seconds,
             )
         self._store.write(evolve(told, facts={**told.facts, **facts}))
+
+    def _say(self, text: str) -> None:
+        """One line between pytest's dots."""
+        terminal = self._session.terminal if self._session is not None else None
+        if terminal is None:
+            say(text)
+        else:
+            terminal.write_line("")
+            terminal.write_line(f"farm: {text}")
 
     def account_for_all(self) -> None:
         """What was collected and never ended was not run: that says nothing of the product."""

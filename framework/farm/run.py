@@ -111,6 +111,7 @@ def _arguments(wish: Wish, workers: int) -> list[str]:
     return [
         *wish.scenarios,
         *("-p", "framework.farm.worker", "-p", "no:cacheprovider", "-q"),
+        *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
         *("-n", str(workers), "--dist", "load", "--max-worker-restart", str(20 + 4 * workers)),
         *("--lg-env", str(wish.rig), "--brownout-seed", str(wish.seed)),
         *("--brownout-results", str(wish.report / "results")),

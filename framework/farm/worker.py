@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -206,18 +207,22 @@ class _Worker:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run what the controller sends, one at a time; in xdist's place."""
-        from xdist.remote import Marker  # noqa: PLC0415 - only in a worker
-
         xdist = next(
             plugin
             for plugin in self.config.pluginmanager.get_plugins()
             if type(plugin).__name__ == "WorkerInteractor"
         )
-        xdist.channel.setcallback(xdist.handle_command, endmarker=Marker.SHUTDOWN)
+        sent: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+        def heard(command: tuple[str, dict[str, Any]] | None) -> None:
+            for index in command[1]["indices"] if command and command[0] == "runtests" else [None]:
+                sent.put(index)
+
+        xdist.channel.setcallback(heard, endmarker=None)
         items = session.items
         while not self.retiring and not session.shouldstop and not session.shouldfail:
-            index = xdist.torun.get()
-            if not isinstance(index, int):
+            index = sent.get()
+            if index is None:
                 break
             # Another item as the next one keeps what the whole session shares.
             following = items[(index + 1) % len(items)] if len(items) > 1 else None
