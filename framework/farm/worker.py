@@ -9,8 +9,8 @@ It can't outlive the controller: the kernel kills it then (prctl(2), PR_SET_PDEA
 whose run was killed is not used any more when it is freed.
 
 Each report says which place it is from, and whether it says anything of the product. An error that
-is not an assertion may come from a rig that vanishes in the middle, in many shapes; those of the
-rig's own kind, of the console and of the connections below it count as INFRASTRUCTURE.
+is not an assertion may come from a rig that vanishes in the middle: those of the rig's own kind, a
+console whose line ended, and a broken connection count as INFRASTRUCTURE.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 from attrs import frozen
 
-from framework.console import ConsoleError
+from framework.console import ConsoleLost
 from framework.farm.tenure import Tenure
 from framework.targets.errors import InfrastructureError
 from framework.targets.lease import Lease
@@ -43,6 +43,7 @@ EXIT_NO_PLACE = 90
 """Exit status of a worker that got no place, which is no failure."""
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 2.0
+_LINE_GONE = ("the line ended", "cannot send")
 
 
 @frozen
@@ -79,13 +80,15 @@ class Orders:
 def infrastructure_in(error: BaseException) -> str:
     """What a failure says of the rig; empty if the rig did nothing that is known.
 
-    What the product did wrong (an assertion) stays that, whatever it was raised from.
+    What the product did wrong (an assertion) stays that, whatever it came from; so do a panic,
+    a restart and a command that did not end. A line that ended under us is the rig's.
     """
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, AssertionError):
             return ""
-        if isinstance(seen, InfrastructureError | ConsoleError | ConnectionError):
+        gone = isinstance(seen, ConsoleLost) and any(why in seen.reason for why in _LINE_GONE)
+        if gone or isinstance(seen, InfrastructureError | ConnectionError):
             first = (str(seen).splitlines() or [""])[0]
             return first.removeprefix("INFRASTRUCTURE: ") or type(seen).__name__
         seen = seen.__cause__ or seen.__context__
