@@ -35,7 +35,7 @@ __all__ = ["Controller", "Final", "Wish"]
 
 STRIKES = 3
 """After so many scenarios in a row that ended INFRASTRUCTURE a place is quarantined."""
-_DYING_S = 2.0
+_DYING_S = 3.0
 
 
 @frozen
@@ -179,8 +179,9 @@ class Controller:
     def pytest_testnodedown(self, node: Any, error: object | None) -> None:
         """A worker ended: hand back what it can't, and start another if there is work for it."""
         self._alive.discard(node.gateway.id)
+        node.ensure_teardown()  # its process would idle until the run ends, with its lease
+        self._free_dead(node.gateway.id)
         if error is not None:
-            self._free_dead(node.gateway.id)
             return  # xdist starts another
         sched, session = self._sched, self._session
         if sched is None or session.shuttingdown or session.shouldstop:
@@ -197,13 +198,13 @@ class Controller:
         return not self._alive
 
     def _free_dead(self, worker: str) -> None:
-        """Hand back the place of a worker that was killed; it may take a moment to be gone."""
+        """Hand back the place of a worker that could not; it may take a moment to be gone."""
         deadline = time.monotonic() + _DYING_S
         with contextlib.suppress(InfrastructureError):  # at the end, then
-            while True:
+            while worker in places_of(self.run, self._places.all()):
                 for freed in free_dead(self._places, run=self.run):
                     self._say(str(freed))
-                if worker not in self.places() or time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     return
                 time.sleep(_DYING_S / 20)
 

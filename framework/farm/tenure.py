@@ -63,8 +63,8 @@ class Tenure:
     ) -> bool:
         """Wait for a healthy place with these tags, and take it; whether there was one.
 
-        False after `patience_s`, or when it is `unwanted` meanwhile. A coordinator that is away
-        is waited for.
+        False after `patience_s`, or when it is `unwanted` meanwhile. A coordinator or an exporter
+        that is away is waited for.
         """
         deadline = time.monotonic() + patience_s
         while not unwanted() and time.monotonic() < deadline:
@@ -99,7 +99,10 @@ class Tenure:
         return False
 
     def _take(self, name: str) -> bool:
-        """Lease and lock a place that is reserved for us; False if a living run has it."""
+        """Lease and lock a place that is reserved for us.
+
+        False if a living run has it, or if its exporter is away.
+        """
         found = self._places.find(name)
         other = Lease.of(found.tags)
         if other is not None and not self._lease.same_holder(other) and not death_of(other):
@@ -112,6 +115,11 @@ class Tenure:
             with contextlib.suppress(InfrastructureError):
                 self._places.set_tags(name, CLEARED)
             raise
+        found = self._places.find(name)
+        if found.lacking:
+            hand_back(self._places, found, self._lease)
+            time.sleep(_AWAY_S)  # its exporter may come back
+            return False
         return True
 
     def _beat(self) -> None:

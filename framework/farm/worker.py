@@ -23,18 +23,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attrs import frozen
+from labgrid.exceptions import NoResourceFoundError, NoSupplierFoundError
+from labgrid.remote.client import Error as LabgridRemoteError
 
 from framework.console import ConsoleLost
 from framework.farm.tenure import Tenure
 from framework.targets.errors import InfrastructureError
-from framework.targets.lease import Lease
-from framework.targets.places import HEALTHY, Places
+from framework.targets.lease import Lease, death_of
+from framework.targets.places import HEALTHY, Place, Places
 from framework.targets.strategy import SlotStrategy
 
 __all__ = ["EXIT_NO_PLACE", "Orders", "infrastructure_in"]
@@ -44,6 +46,14 @@ EXIT_NO_PLACE = 90
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 2.0
 _LINE_GONE = ("the line ended", "cannot send")
+# The last three: labgrid finds no resource of a place whose exporter is away, or no lock on it.
+_OF_THE_RIG = (
+    InfrastructureError,
+    ConnectionError,
+    NoResourceFoundError,
+    NoSupplierFoundError,
+    LabgridRemoteError,
+)
 
 
 @frozen
@@ -88,8 +98,8 @@ def infrastructure_in(error: BaseException) -> str:
         if isinstance(seen, AssertionError):
             return ""
         gone = isinstance(seen, ConsoleLost) and any(why in seen.reason for why in _LINE_GONE)
-        if gone or isinstance(seen, InfrastructureError | ConnectionError):
-            first = (str(seen).splitlines() or [""])[0]
+        if gone or isinstance(seen, _OF_THE_RIG):
+            first = (str(seen).splitlines() or [""])[0].partition("; last output: ")[0]
             return first.removeprefix("INFRASTRUCTURE: ") or type(seen).__name__
         seen = seen.__cause__ or seen.__context__
     return ""
@@ -165,11 +175,15 @@ class _Worker:
             return False  # a coordinator that is away is waited for
         wanted = {**self.orders.tags, "health": HEALTHY}.items()
         self._unwanted = not any(
-            wanted <= {**place.tags, "name": place.name}.items()
-            and getattr(Lease.of(place.tags), "run", "") != self.orders.run
+            wanted <= {**place.tags, "name": place.name}.items() and not self._is_ours(place)
             for place in everything
         )
         return self._unwanted
+
+    def _is_ours(self, place: Place) -> bool:
+        """Whether another worker of this run has a place."""
+        lease = Lease.of(place.tags)
+        return lease is not None and lease.run == self.orders.run and not death_of(lease)
 
     def _fit(self) -> bool:
         """Have the board checked (`brownout rig check`), which quarantines it if it is not fit."""
@@ -232,10 +246,22 @@ class _Worker:
             xdist.item_index = index
             self.boots, self.cycles = [], 0
             began = time.perf_counter()
-            self.config.hook.pytest_runtest_protocol(item=items[index], nextitem=following)
+            try:
+                self.config.hook.pytest_runtest_protocol(item=items[index], nextitem=following)
+            except pytest.exit.Exception as error:
+                self._exited(items[index], str(error))
             duration = time.perf_counter() - began
             xdist.sendevent("runtest_protocol_complete", item_index=index, duration=duration)
         return True
+
+    def _exited(self, item: pytest.Item, said: str) -> None:
+        """labgrid ends the whole session where a place can't be used: only this worker ends."""
+        self.retiring = True
+        report = pytest.TestReport(
+            item.nodeid, item.location, {}, "failed", f"the place can't be used: {said}", "setup"
+        )
+        self._mark(report, said, assertion=False)
+        self.config.hook.pytest_runtest_logreport(report=report)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -248,16 +274,20 @@ class _Worker:
             reason = self.tenure.lost or infrastructure_in(call.excinfo.value)
         if reason:
             self.retiring = True
+        wrong = call.excinfo is not None and call.excinfo.errisinstance(AssertionError)
+        self._mark(report, reason, assertion=wrong)
+        return report
+
+    def _mark(self, report: pytest.TestReport, reason: str, *, assertion: bool) -> None:
         report.farm = {  # type: ignore[attr-defined]
             "place": self.tenure.place,
             "infrastructure": reason,
-            "assertion": call.excinfo is not None and call.excinfo.errisinstance(AssertionError),
+            "assertion": assertion,
             "boots": [list(boot) for boot in self.boots],
             "cycles": self.cycles,
         }
         report.user_properties.append(("place", self.tenure.place))
         self.boots, self.cycles = [], 0
-        return report
 
     def _seen(self, what: str, seconds: float) -> None:
         """A strategy switched power on, or a boot ended."""
@@ -268,12 +298,20 @@ class _Worker:
 
     # -- ending -------------------------------------------------------------------------------
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
-        """Hand the place back, after everything that used it was torn down."""
-        with contextlib.suppress(InfrastructureError):  # the controller does, later
-            self.tenure.give_back()
-        self.places.close()
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self) -> Generator[None, None, None]:
+        """Hand the place back, after everything that used it was torn down, however that went."""
+        try:
+            yield
+        except Exception as error:
+            # Of a rig that failed in a scenario, which has said so already.
+            if not infrastructure_in(error):
+                raise
+            self._say(f"was not put away in order: {infrastructure_in(error)}")
+        finally:
+            with contextlib.suppress(InfrastructureError):  # the controller does, later
+                self.tenure.give_back()
+            self.places.close()
 
 
 def _die_with(controller: int) -> None:
@@ -283,7 +321,7 @@ def _die_with(controller: int) -> None:
         os._exit(EXIT_NO_PLACE)  # it ended in between
 
 
-def places_of(run: str, everything: Iterator[Any] | list[Any]) -> dict[str, str]:
+def places_of(run: str, everything: Iterable[Place]) -> dict[str, str]:
     """The place of each worker of a run, from the leases."""
     held = ((Lease.of(place.tags), place.name) for place in everything)
     return {lease.worker: name for lease, name in held if lease is not None and lease.run == run}

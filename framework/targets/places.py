@@ -54,13 +54,23 @@ _NO_PLACE = "no_place_has_this_name"
 
 @frozen
 class Place:
-    """A place: its name, who has it (empty: nobody), its tags, its comment, its reservation."""
+    """A place.
+
+    Attributes:
+        name: its name.
+        acquired: who has it; empty: nobody.
+        tags, comment: what is said of it.
+        reservation: the token of the reservation that it was given to.
+        lacking: whether it is acquired without any of the resources that it should have: their
+            exporter is away.
+    """
 
     name: str
     acquired: str = ""
     tags: Mapping[str, str] = field(factory=dict)
     comment: str = ""
     reservation: str = ""
+    lacking: bool = False
 
     @property
     def quarantined(self) -> bool:
@@ -329,7 +339,10 @@ _REFUSALS = frozenset(
 
 
 def _place(told: Any) -> Place:
-    return Place(told.name, told.acquired, dict(told.tags), told.comment, told.reservation)
+    lacking = bool(told.acquired and told.matches and not told.acquired_resources)
+    return Place(
+        *(told.name, told.acquired, dict(told.tags), told.comment, told.reservation), lacking
+    )
 
 
 def _reserved(told: Any) -> Reserved:

@@ -446,6 +446,19 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         except OSError as error:  # pyserial's and requests' errors are such, too
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise InfrastructureError(f"{driver} cannot be used: {said}") from error
+        except KeyError as error:
+            raise self._exporter_gone(error) from error
+
+    def _exporter_gone(self, error: KeyError) -> Exception:
+        """What labgrid's KeyError means: it looks into a resource that its exporter took back."""
+        gone = [
+            type(resource).__name__
+            for resource in self.target.resources
+            if not getattr(getattr(resource, "_remote_entry", None), "data", True)
+        ]
+        if not gone:
+            return error
+        return InfrastructureError(f"the exporter has gone, and with it {', '.join(sorted(gone))}")
 
     def _power(self) -> bool | None:
         """What the power switch says; None if it cannot tell."""
@@ -507,6 +520,9 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                     f"READY, but no shell: {self.pump.tail()}",
                 )
             ) from error
+        except KeyError as error:
+            self._drop_shell()
+            raise self._exporter_gone(error) from error
         except (ConsoleDeath, ConsoleLost):
             self._drop_shell()
             raise

@@ -246,18 +246,28 @@ class FarmDesk:
 
     def start_exporter(self) -> None:
         options = ["-c", self.coordinator, "--name", "desk", "--hostname", "127.0.0.1"]
-        log = self._start("labgrid-exporter", [*options, str(self._exports)])
+        # As systemd does: the coordinator may still hold its predecessor's name, and it ends then.
+        again = 'while :; do "$0" "$@"; sleep 0.3; done'
+        log = self._start(
+            "labgrid-exporter", [*options, str(self._exports)], ["/bin/sh", "-c", again]
+        )
         deadline = time.monotonic() + 30
         while log.read_text(errors="replace").count("add resource ") < 3 * len(self.boards):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
 
-    def _start(self, program: str, options: list[str], cwd: Path | None = None) -> Path:
+    def _start(
+        self,
+        program: str,
+        options: list[str],
+        through: Sequence[str] = (),
+        cwd: Path | None = None,
+    ) -> Path:
         log = self.folder / f"{program}.log"
         ser2net = Path(find_peer("ser2net")).parent
         with log.open("wb") as output:
             self._programs[program] = subprocess.Popen(
-                [*("setpriv", "--pdeathsig", "KILL", "--"), BIN / program, *options],
+                [*("setpriv", "--pdeathsig", "KILL", "--"), *through, BIN / program, *options],
                 cwd=cwd,
                 env={
                     **os.environ,
@@ -287,7 +297,13 @@ class FarmDesk:
     def environment(self) -> dict[str, str]:
         told = {**os.environ, "LG_COORDINATOR": self.coordinator}
         told.pop("LG_TOKEN", None)
-        return {**told, "FARM_MARK": str(self.folder / "mark"), "COLUMNS": "200"}
+        return {
+            **told,
+            "FARM_MARK": str(self.folder / "mark"),
+            "COLUMNS": "200",
+            # Of no use here, and slow to import in every worker.
+            "PYTEST_ADDOPTS": "-p no:schemathesis -p no:hypothesispytest",
+        }
 
     def command(self, *options: str) -> list[str]:
         return [

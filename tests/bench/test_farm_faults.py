@@ -23,6 +23,11 @@ Farm = Callable[..., FarmDesk]
 STRUCK = "test_something_happens_meanwhile"
 
 
+def night(*values: object) -> Any:
+    """A case that takes longer than its fellows that show as much."""
+    return pytest.param(*values, marks=pytest.mark.night)
+
+
 def adapter_vanishes(farm: FarmDesk, at: dict[str, Any]) -> None:
     farm.boards[at["place"]].serial.pull_out()
 
@@ -55,11 +60,11 @@ def worker_is_killed(farm: FarmDesk, at: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("strike", "said"),
     [
-        (adapter_vanishes, "INFRASTRUCTURE"),
-        (head_hangs, "power head did not answer within 5 s"),
+        night(adapter_vanishes, "INFRASTRUCTURE"),
+        night(head_hangs, "power head did not answer within 5 s"),
         (relay_sticks, "the console still answers after the power was cut"),
-        (exporter_is_killed, "INFRASTRUCTURE"),
-        (coordinator_restarts, "INFRASTRUCTURE"),
+        night(exporter_is_killed, "INFRASTRUCTURE"),
+        night(coordinator_restarts, "INFRASTRUCTURE"),
         (worker_is_killed, "its worker was killed"),
     ],
 )
@@ -84,6 +89,7 @@ def test_a_rig_that_fails_is_no_failure_of_the_product(
     assert not farm.held()
 
 
+@pytest.mark.night
 def test_where_no_board_is_left_the_queue_ends_and_says_so(farm_desk: Farm) -> None:
     farm = farm_desk("")
     run = farm.start("--retries", "9", "--skip-check", "-k", "meanwhile or [0]")
@@ -100,7 +106,7 @@ def test_where_no_board_is_left_the_queue_ends_and_says_so(farm_desk: Farm) -> N
     assert not farm.held()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [night(signal.SIGINT), signal.SIGTERM])
 def test_a_run_that_is_ended_hands_back(farm_desk: Farm, number: signal.Signals) -> None:
     farm = farm_desk("", "")
     run = farm.start("--boards", "2", "--skip-check")
@@ -116,6 +122,7 @@ def test_a_run_that_is_ended_hands_back(farm_desk: Farm, number: signal.Signals)
     assert not any(process.reservation for process in farm.places.all())
 
 
+@pytest.mark.night
 def test_ctrl_c_in_a_terminal_hands_back(farm_desk: Farm) -> None:
     """A terminal interrupts the workers, too."""
     farm = farm_desk("")
@@ -150,6 +157,7 @@ def test_what_a_killed_run_held_is_freed_and_its_workers_are_gone(farm_desk: Far
     end(run)
 
 
+@pytest.mark.night
 def test_the_next_run_frees_what_a_killed_one_held(farm_desk: Farm) -> None:
     farm = farm_desk("")
     run = farm.start("--skip-check", "-k", "meanwhile")

@@ -52,7 +52,7 @@ def test_a_failure_of_the_product_is_one_and_is_not_tried_again(farm_desk: Farm)
     assert not farm.held()
 
 
-@pytest.mark.parametrize("sick", ["silent", "welded"])
+@pytest.mark.parametrize("sick", [pytest.param("silent", marks=pytest.mark.night), "welded"])
 def test_a_sick_board_is_quarantined_and_the_others_finish(farm_desk: Farm, sick: str) -> None:
     farm = farm_desk("silent" if sick == "silent" else "", "")
     if sick == "welded":
