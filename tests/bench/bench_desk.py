@@ -323,7 +323,7 @@ class FarmDesk:
             start_new_session=True,
         )
 
-    def run(self, *options: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+    def run(self, *options: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
         process = self.start(*options)
         try:
             told, _ = process.communicate(timeout=timeout_s)
@@ -343,7 +343,7 @@ class FarmDesk:
             check=False,
         )
 
-    def mark(self, timeout_s: float = 60) -> dict[str, Any]:
+    def mark(self, timeout_s: float = 200) -> dict[str, Any]:
         """What the first scenario that marks itself has written: its process and its place."""
         path, deadline = self.folder / "mark", time.monotonic() + timeout_s
         while not (path.exists() and path.read_text().endswith("\n")):

@@ -76,7 +76,7 @@ def test_a_rig_that_fails_is_no_failure_of_the_product(
     try:
         at = farm.mark()
         strike(farm, at)
-        told, _ = run.communicate(timeout=200)
+        told, _ = run.communicate(timeout=400)
     finally:
         end(run)
     verdicts = farm.verdicts()
@@ -95,7 +95,7 @@ def test_where_no_board_is_left_the_queue_ends_and_says_so(farm_desk: Farm) -> N
     run = farm.start("--retries", "9", "--skip-check", "-k", "meanwhile or [0]")
     try:
         farm.boards[farm.mark()["place"]].hangs.set()
-        told, _ = run.communicate(timeout=200)
+        told, _ = run.communicate(timeout=400)
     finally:
         end(run)
     assert run.returncode == 4, told
@@ -114,7 +114,7 @@ def test_a_run_that_is_ended_hands_back(farm_desk: Farm, number: signal.Signals)
         farm.mark()
         assert len(farm.held()) == 2
         run.send_signal(number)
-        told, _ = run.communicate(timeout=60)
+        told, _ = run.communicate(timeout=120)
     finally:
         end(run)
     assert run.returncode == 130, told
@@ -130,7 +130,7 @@ def test_ctrl_c_in_a_terminal_hands_back(farm_desk: Farm) -> None:
     try:
         farm.mark()
         os.killpg(run.pid, signal.SIGINT)
-        told, _ = run.communicate(timeout=60)
+        told, _ = run.communicate(timeout=120)
     finally:
         end(run)
     assert run.returncode == 130, told
