@@ -80,11 +80,15 @@ class Tenure:
     def _try(self, tags: Mapping[str, str], deadline: float, unwanted: Callable[[], bool]) -> bool:
         reserved = self._places.request({**tags, "health": HEALTHY})
         self.token = reserved.token
+        asked = time.monotonic()
         while reserved.state is ReservationState.waiting:
             if unwanted() or time.monotonic() > deadline:
                 self._places.cancel(self.token)
                 return False
             time.sleep(_ASK_AGAIN_S)
+            if time.monotonic() - asked > _AWAY_S:
+                self._places.next_in_line()
+                asked = time.monotonic()
             reserved = self._places.poll(self.token)
         try:
             if reserved.place and self._take(reserved.place):

@@ -226,22 +226,23 @@ class Places:
                 self.cancel(reserved.token)
                 raise InfrastructureError(f"no place with {dict(tags)} after {patience_s:g} s")
             time.sleep(_ASK_AGAIN_S)
+            self.next_in_line()
             reserved = self.poll(reserved.token)
         return reserved.token
 
     def cancel(self, token: str) -> None:
-        """Give a reservation back; nothing happens if there is none any more.
-
-        The coordinator frees the place then, and looks for the next in line only when it is asked
-        for something else, or within 15 s: so it is asked, for a place that can't be.
-        """
-        self._cancel(token)
-        self._cancel(self.request({"name": _NO_PLACE}).token)
-
-    def _cancel(self, token: str) -> None:
+        """Give a reservation back; nothing happens if there is none any more."""
         wanted = messages.CancelReservationRequest(token=token)
         with contextlib.suppress(RefusedError):
             self._ask(lambda stub, s: stub.CancelReservation(wanted, timeout=s))
+
+    def next_in_line(self) -> None:
+        """Have the coordinator look now for who gets the places that are free.
+
+        When a reservation is cancelled it frees the place, and looks for the next in line only when
+        it is asked for something else, or within 15 s: so it is asked, for a place that can't be.
+        """
+        self.cancel(self.request({"name": _NO_PLACE}).token)
 
     def lock(self, token: str) -> str:
         """Acquire the place that a token has reserved; its name."""

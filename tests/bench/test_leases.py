@@ -273,6 +273,7 @@ def test_reservations_wait_their_turn_and_are_given_back(places: Places) -> None
     places.free("plain1")
     places.free("plain1")
     places.cancel(token)
+    places.next_in_line()
     assert places.poll(waiting.token).place == "plain1"
     places.cancel(waiting.token)
     places.cancel(waiting.token)

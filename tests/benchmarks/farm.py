@@ -40,7 +40,7 @@ from framework.farm.tenure import Tenure
 from framework.targets.places import Places
 
 BIN = Path(sys.executable).parent
-A_PROCESS = 5
+A_PROCESS = 10
 PATIENCE_S = 120.0
 SMALL = 4
 
