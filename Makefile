@@ -89,6 +89,7 @@ bench: images
 	.venv/bin/python tests/benchmarks/cut_to_verdict.py
 	.venv/bin/python tests/benchmarks/explore.py
 	.venv/bin/python tests/benchmarks/simulate.py
+	.venv/bin/python tests/benchmarks/farm.py
 	.venv/bin/python tests/benchmarks/client.py --rounds 3
 	.venv/bin/python tests/benchmarks/client_guest.py
 

@@ -31,6 +31,7 @@ from framework.explorer import (
     run_import,
     run_record,
 )
+from framework.farm_cli import farm
 from framework.report import ResultError, ResultStore, write_report
 from framework.rig_cli import rig
 from framework.scenario.bench import BenchError
@@ -666,6 +667,7 @@ def reproduce(  # noqa: PLR0917 - click passes them by name
 
 
 cli.add_command(bench)
+cli.add_command(farm)
 cli.add_command(rig)
 
 

@@ -88,6 +88,7 @@ def _check_live(path: Path, cycles: int, quarantine: bool) -> bool:
             click.echo(f"{place}: quarantined: {reason}")
         else:
             places.heal(place)
+    places.close()
     return not reason
 
 
@@ -100,8 +101,8 @@ def rig_release(place: str) -> None:
     """
     from framework.targets.places import Places  # noqa: PLC0415
 
-    places = Places()
-    if not places.find(place).quarantined:
-        raise RigError(f"{place} is not quarantined ({places.coordinator})")
-    places.heal(place)
+    with Places() as places:
+        if not places.find(place).quarantined:
+            raise RigError(f"{place} is not quarantined ({places.coordinator})")
+        places.heal(place)
     click.echo(f"{place}: released by {os.environ.get('USER', 'somebody')}")

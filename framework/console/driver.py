@@ -32,7 +32,7 @@ from pexpect import TIMEOUT
 
 from framework.console.patterns import DEFAULT_DEATHS
 from framework.console.pump import ConsolePump
-from framework.console.transports import ConsoleDriverTransport
+from framework.console.transports import ConsoleDriverTransport, end_reader_quietly
 
 __all__ = ["ConsolePumpDriver", "PumpedConsoleMixin", "new_log"]
 
@@ -128,6 +128,7 @@ class ConsolePumpDriver(
         super().__attrs_post_init__()
         self.txdelay = 0.0
         self.txchunk = 1
+        end_reader_quietly(getattr(self.port, "serial", None))
 
     def on_activate(self) -> None:
         """Start draining."""

@@ -7,6 +7,7 @@ this, close. A pipe that is gone raises `EOFError`. None of them is used by two 
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import socket
 import time
@@ -14,9 +15,39 @@ from typing import Any, Protocol
 
 from pexpect import TIMEOUT
 
-__all__ = ["ConsoleDriverTransport", "SerialTransport", "SocketTransport", "Transport"]
+__all__ = [
+    "ConsoleDriverTransport",
+    "SerialTransport",
+    "SocketTransport",
+    "Transport",
+    "end_reader_quietly",
+]
 
 _CHUNK_BYTES = 65536
+_log = logging.getLogger(__name__)
+
+
+def end_reader_quietly(port: Any) -> None:
+    """Have pySerial's RFC 2217 reader end as at an end of file when its connection breaks.
+
+    It answers telnet negotiations from its own thread, and what breaks there (the other side, or
+    we, closed the line in the middle) ended that thread with an unhandled error. To be called
+    before the port is opened; for any other port, nothing happens.
+    """
+    loop = getattr(port, "_telnet_read_loop", None)
+    if loop is None:
+        return
+
+    def read() -> None:
+        buffer = port._read_buffer  # this opening's: the next one has another
+        try:
+            loop()
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            # AttributeError, TypeError: the socket is None once `close` was here.
+            _log.debug("%s: the reader ended: %s: %s", port, type(error).__name__, error)
+            buffer.put(None)
+
+    port._telnet_read_loop = read
 
 
 class Transport(Protocol):

@@ -1,5 +1,6 @@
 """What a run leaves for people: result files, the timeline picture, the offline HTML report."""
 
+from framework.report.boards import BoardStatistics
 from framework.report.exploration import ExplorationSection, write_exploration_report
 from framework.report.html import write_report
 from framework.report.picture import CutPoint
@@ -18,6 +19,7 @@ from framework.report.results import (
 from framework.report.story import Span, cause_of, spans_of, state_at
 
 __all__ = [
+    "BoardStatistics",
     "ConsoleLine",
     "CutPoint",
     "ExplorationSection",

@@ -27,6 +27,7 @@ import jinja2
 from attrs import evolve, frozen
 from markupsafe import Markup
 
+from framework.report.boards import BoardStatistics
 from framework.report.results import ResultError, ScenarioResult
 from framework.report.story import STATES, cause_of, spans_of
 
@@ -137,10 +138,16 @@ class _Listed:
     payload: str
 
 
-def write_report(results: Collection[ScenarioResult], path: Path, title: str) -> Path:
+def write_report(
+    results: Collection[ScenarioResult],
+    path: Path,
+    title: str,
+    boards: Sequence[BoardStatistics] = (),
+) -> Path:
     """Write the report of `results` to `path`, whole or not at all.
 
-    `results` is gone through twice; it may read each result when it is asked for it.
+    `results` is gone through twice; it may read each result when it is asked for it. `boards` are
+    those of a farm, for a table of their own.
 
     Raises:
         ResultError: the file can't be written, or a result can't be read.
@@ -167,6 +174,7 @@ def write_report(results: Collection[ScenarioResult], path: Path, title: str) ->
     # A lone surrogate, from a console that sent nonsense, can't be written as UTF-8.
     text = environment.get_template(TEMPLATE).render(
         title=title,
+        boards=boards,
         matrix=matrix,
         listed=listed,
         names=names,

@@ -200,6 +200,11 @@ class ResultStore:
             temporary.replace(path)
         return path
 
+    def find(self, scenario: str) -> ScenarioResult | None:
+        """The result of a scenario; None if there is none."""
+        path = self.directory / f"{name_of(scenario)}{SUFFIX}"
+        return _read(path) if path.exists() else None
+
     def read_all(self) -> list[ScenarioResult]:
         """All results in the folder, ordered by scenario."""
         return sorted(self.stored(), key=lambda result: result.scenario)

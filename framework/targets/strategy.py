@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -193,6 +194,9 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         "shell": ShellDriver,
     }
 
+    #: Called with `power on`, or with what became of a boot, and its seconds; for statistics.
+    observers: ClassVar[list[Callable[[str, float], None]]] = []
+
     boot_budget_s: float = attr.ib(60.0, converter=float)
     bootloader_prompt: str = attr.ib("", attr.validators.instance_of(str))
     interrupt: str = attr.ib(" ", attr.validators.instance_of(str))
@@ -262,6 +266,9 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                 "the console still talks after power was switched off",
                 evidence=self.pump.tail(),
             )
+        require_dead = getattr(self.power, "require_dead", None)
+        if require_dead is not None:
+            require_dead()
         self._held = ("off", self.pump.generation)
 
     @GraphStrategy.depends("off")  # type: ignore[untyped-decorator, unused-ignore]
@@ -367,6 +374,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             outcome = self._outcome(Fate.READY, match, start, began)
             break
         self.outcome = outcome
+        self._tell(outcome.fate.value, outcome.seconds)
         if outcome.ready:
             self._unadopted = outcome
             if adopt:
@@ -438,6 +446,19 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         except OSError as error:  # pyserial's and requests' errors are such, too
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             raise InfrastructureError(f"{driver} cannot be used: {said}") from error
+        except KeyError as error:
+            raise self._exporter_gone(error) from error
+
+    def _exporter_gone(self, error: KeyError) -> Exception:
+        """What labgrid's KeyError means: it looks into a resource that its exporter took back."""
+        gone = [
+            type(resource).__name__
+            for resource in self.target.resources
+            if not getattr(getattr(resource, "_remote_entry", None), "data", True)
+        ]
+        if not gone:
+            return error
+        return InfrastructureError(f"the exporter has gone, and with it {', '.join(sorted(gone))}")
 
     def _power(self) -> bool | None:
         """What the power switch says; None if it cannot tell."""
@@ -457,6 +478,7 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
         self._drop_shell()
         self._unadopted = None
         start = self.pump.position
+        self._tell("power on", 0.0)
         try:
             self.power.on()
         except ExecutionError as error:
@@ -466,6 +488,10 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
             if self.pump.gone is None:
                 raise InfrastructureError("the power switch says 'off' after it was switched on")
         return start
+
+    def _tell(self, what: str, seconds: float) -> None:
+        for observer in self.observers:
+            observer(what, seconds)
 
     def _adopt(self, outcome: BootOutcome) -> None:
         """The device is ready: a shell on it, and this is state `ready`."""
@@ -494,6 +520,9 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                     f"READY, but no shell: {self.pump.tail()}",
                 )
             ) from error
+        except KeyError as error:
+            self._drop_shell()
+            raise self._exporter_gone(error) from error
         except (ConsoleDeath, ConsoleLost):
             self._drop_shell()
             raise

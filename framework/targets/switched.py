@@ -35,7 +35,7 @@ from labgrid.driver.common import Driver
 from labgrid.factory import target_factory
 from labgrid.protocol import DigitalOutputProtocol, PowerProtocol
 
-from framework.console import ConsolePump
+from framework.console import ConsoleError, ConsolePump
 from framework.console.driver import ConsolePumpDriver
 from framework.disk import DiskError
 from framework.targets.errors import InfrastructureError, RigError
@@ -61,6 +61,8 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
         min_off_s: how long power stays off at least (capacitors)
         recovery_attempts: how often a board that does not come up is recovered before giving up
         recovery_timeout_s: how long one recovery may take
+        probe_off: whether a newline on the console, which nothing may echo, is part of "off"; turn
+            it off for a serial adapter whose open input hears its own output
     """
 
     bindings: ClassVar[dict[str, Any]] = {
@@ -78,6 +80,7 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
     min_off_s: float = attr.ib(0.0, converter=float)
     recovery_attempts: int = attr.ib(2, attr.validators.instance_of(int))
     recovery_timeout_s: float = attr.ib(120.0, converter=float)
+    probe_off: bool = attr.ib(True, attr.validators.instance_of(bool))
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -171,6 +174,25 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
         )
         self._cutting.start()
 
+    def require_dead(self) -> None:
+        """InfrastructureError if something still answers on the console of a board without power.
+
+        A relay that sticks is not seen on a board that waits at a prompt: it is silent anyway. A
+        newline is echoed by everything that lives, and by nothing that does not.
+        """
+        if not self.probe_off:
+            return
+        since = self.pump.position
+        try:
+            self.pump.write(b"\n")
+        except ConsoleError:
+            return  # there is no line: whoever needs one finds out
+        deadline = time.monotonic() + _SILENT_S
+        while time.monotonic() < deadline:
+            if self.pump.position > since:
+                raise InfrastructureError("the console still answers after the power was cut")
+            time.sleep(_SILENT_S / 20)
+
     def settle(self) -> None:
         """Wait until a cut that has begun has ended, however it does."""
         cutting = self._cutting
@@ -251,6 +273,7 @@ class SwitchedBoardDriver(Driver, PowerProtocol):  # type: ignore[misc]
             self._off_since = answered_s = time.monotonic()
             if not pump.wait_silence(_SILENT_S, _DRAIN_S):
                 raise InfrastructureError("the console still talks after the power was cut")
+            self.require_dead()
         except InfrastructureError as error:
             self.failure = str(error).removeprefix("INFRASTRUCTURE: ")
             pump.lost(self.failure)

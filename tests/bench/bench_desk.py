@@ -11,11 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from framework.report import ResultStore
 from framework.targets.bench.http_heads import HttpHeads, serve_http
 from framework.targets.bench.serial_port import Line, VirtualSerialPort
+from framework.targets.bench.stack import find_peer
+from framework.targets.places import Place, Places
 
 BOARD = Path(__file__).with_name("little_board.py")
 
@@ -158,6 +164,214 @@ class RunningBench:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(60)
+
+
+FARM_RIG = """
+targets:
+  main:
+    features: [real-board, linux, power-switch, bootloader]
+    resources:
+      RemotePlace: {name: +}
+    drivers:
+      NetworkPowerDriver: {delay: 0.1}
+      HttpDigitalOutputDriver: {}
+      SerialDriver: {}
+      ConsolePumpDriver: {}
+      SwitchedBoardDriver: {recipe: qemu-arm64, switch_timeout_s: 5.0, min_off_s: 0.05}
+      ShellDriver: {prompt: 'board# ', login_prompt: ' login: ', username: root}
+      SlotStrategy:
+        boot_budget_s: 8.0
+        banner: 'Little board 1\\.0'
+        bootloader_prompt: '=> '
+        silence_s: 0.3
+        quiet_kernel: false
+imports: [framework.console.driver, framework.targets.switched, framework.targets.strategy]
+"""
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+SCENARIOS = "tests/bench/little_scenarios.py"
+
+
+class FarmDesk:
+    """Little boards behind labgrid's own coordinator and exporter, with its ser2net."""
+
+    def __init__(self, folder: Path, variants: Sequence[str]) -> None:
+        self.folder = folder
+        self.desk = Desk()
+        self.boards = {f"little{n}": self.desk.board(variant=v) for n, v in enumerate(variants, 1)}
+        self.rig = folder / "little.yaml"
+        self.rig.write_text(FARM_RIG)
+        self.history = folder / "history.db"
+        self.coordinator = f"127.0.0.1:{free_port()}"
+        self._programs: dict[str, subprocess.Popen[bytes]] = {}
+        home = folder / "coordinator"
+        home.mkdir()
+        (home / "places.yaml").write_text(yaml.safe_dump(dict(map(self._place, self.boards))))
+        self._exports = folder / "exporter.yaml"
+        self._exports.write_text(
+            yaml.safe_dump({name: self._group(board) for name, board in self.boards.items()})
+        )
+        self.start_coordinator()
+        self.start_exporter()
+        self.places = Places(self.coordinator)
+
+    @staticmethod
+    def _place(name: str) -> tuple[str, dict[str, Any]]:
+        now = time.time()
+        match = {"exporter": "desk", "group": name, "cls": "*", "name": None}
+        tags = {"board": "little", "health": "ok"}
+        told = {"aliases": [], "comment": "", "tags": tags, "matches": [match]}
+        return name, {**told, "created": now, "changed": now}
+
+    def _group(self, board: LittleBoard) -> dict[str, Any]:
+        return {
+            "RawSerialPort": {"port": str(board.serial.path), "speed": 115200},
+            "NetworkPowerPort": {
+                "model": "rest",
+                "host": self.desk.url + '/rest/{{ "{index}" }}',
+                "index": board.number,
+            },
+            "HttpDigitalOutput": {
+                "url": f"{self.desk.url}/recovery/{board.number}",
+                "body_asserted": "restore",
+                "body_deasserted": "ready",
+            },
+        }
+
+    def start_coordinator(self) -> None:
+        self._start(
+            "labgrid-coordinator", ["-l", self.coordinator], cwd=self.folder / "coordinator"
+        )
+        wait_for_port(int(self.coordinator.rpartition(":")[2]))
+
+    def start_exporter(self) -> None:
+        options = ["-c", self.coordinator, "--name", "desk", "--hostname", "127.0.0.1"]
+        # As systemd does: the coordinator may still hold its predecessor's name, and it ends then.
+        again = 'while :; do "$0" "$@"; sleep 0.3; done'
+        log = self._start(
+            "labgrid-exporter", [*options, str(self._exports)], ["/bin/sh", "-c", again]
+        )
+        deadline = time.monotonic() + 30
+        while log.read_text(errors="replace").count("add resource ") < 3 * len(self.boards):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+
+    def _start(
+        self,
+        program: str,
+        options: list[str],
+        through: Sequence[str] = (),
+        cwd: Path | None = None,
+    ) -> Path:
+        log = self.folder / f"{program}.log"
+        ser2net = Path(find_peer("ser2net")).parent
+        with log.open("wb") as output:
+            self._programs[program] = subprocess.Popen(
+                [*("setpriv", "--pdeathsig", "KILL", "--"), *through, BIN / program, *options],
+                cwd=cwd,
+                env={
+                    **os.environ,
+                    "PATH": f"{ser2net}{os.pathsep}{os.environ['PATH']}",
+                    "PYTHONUNBUFFERED": "1",
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return log
+
+    def kill(self, program: str) -> None:
+        """As when its host goes down: with all that it started."""
+        process = self._programs.pop(program)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def restart_coordinator(self) -> None:
+        self.kill("labgrid-coordinator")
+        self.start_coordinator()
+        self.kill("labgrid-exporter")  # it ends by itself then, and systemd starts it again
+        self.start_exporter()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        told = {**os.environ, "LG_COORDINATOR": self.coordinator}
+        told.pop("LG_TOKEN", None)
+        return {
+            **told,
+            "FARM_MARK": str(self.folder / "mark"),
+            "COLUMNS": "200",
+            # Of no use here, and slow to import in every worker.
+            "PYTEST_ADDOPTS": "-p no:schemathesis -p no:hypothesispytest",
+        }
+
+    def command(self, *options: str) -> list[str]:
+        return [
+            *(str(BIN / "brownout"), "farm", "run", SCENARIOS, "--tags", "board=little"),
+            *("--lg-env", str(self.rig), "--report", str(self.folder / "report")),
+            *("--history", str(self.history), *options),
+        ]
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", *self.command(*options)],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *options: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+        process = self.start(*options)
+        try:
+            told, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            told, _ = process.communicate()
+            raise AssertionError(f"the run hung:\n{told}") from None
+        return subprocess.CompletedProcess(process.args, process.returncode, told, "")
+
+    def farm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "brownout", "farm", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def mark(self, timeout_s: float = 200) -> dict[str, Any]:
+        """What the first scenario that marks itself has written: its process and its place."""
+        path, deadline = self.folder / "mark", time.monotonic() + timeout_s
+        while not (path.exists() and path.read_text().endswith("\n")):
+            assert time.monotonic() < deadline, "no scenario has begun"
+            time.sleep(0.02)
+        told: dict[str, Any] = json.loads(path.read_text())
+        token = told.pop("token")
+        told["place"] = next(p.name for p in self.places.all() if p.reservation == token)
+        return told
+
+    def held(self) -> list[Place]:
+        """Places that are not free: locked, or with something of a lease."""
+        return [
+            place
+            for place in self.places.all()
+            if place.acquired or any(tag.startswith("lease_") for tag in place.tags)
+        ]
+
+    def verdicts(self) -> dict[str, str]:
+        """Of the last run, by the scenarios' names."""
+        store = ResultStore(self.folder / "report" / "results")
+        return {r.scenario.rpartition("::")[2]: r.verdict for r in store.read_all()}
+
+    def close(self) -> None:
+        self.places.close()
+        for program in list(self._programs):
+            self.kill(program)
+        self.desk.close()
 
 
 RIG = """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_desk import RIG, Desk, LittleBoard, RunningBench, free_port, wait_for_port
+from bench_desk import RIG, Desk, FarmDesk, LittleBoard, RunningBench, free_port, wait_for_port
 
 from framework.targets.bench.stack import find_peer
 from framework.targets.errors import RigError
@@ -63,6 +63,24 @@ def rig(desk: Desk, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     for program in programs:
         program.kill()
         program.wait()
+
+
+@pytest.fixture
+def farm_desk(tmp_path: Path) -> Iterator[Callable[..., FarmDesk]]:
+    """Makes a farm of little boards, one a variant; its programs are gone when the test is."""
+    try:
+        find_peer("ser2net")
+    except RigError as error:
+        pytest.skip(str(error))
+    made: list[FarmDesk] = []
+
+    def make(*variants: str) -> FarmDesk:
+        made.append(FarmDesk(tmp_path, variants or ("", "")))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 @pytest.fixture

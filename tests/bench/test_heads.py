@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,17 @@ def eventually(true: Callable[[], bool], what: Any) -> None:
         time.sleep(0.1)
 
 
+def client(place: str, *arguments: str) -> str:
+    """labgrid's own client."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("labgrid-client"), "-p", place, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+
+
 @pytest.mark.emulated
 def test_every_kind_of_head_switches_a_machine_by_way_of_the_coordinator(
     bench_up: Callable[..., RunningBench], monkeypatch: pytest.MonkeyPatch
@@ -141,12 +153,12 @@ def test_every_kind_of_head_switches_a_machine_by_way_of_the_coordinator(
     for number, place in enumerate(bench.places):
         if place["head"] == "modbus":
             continue  # labgrid-client's `power` knows no coil: see the test above
-        places._client("-p", place["name"], "lock")
-        places._client("-p", place["name"], "power", "on")
+        places.acquire(place["name"])
+        client(place["name"], "power", "on")
         # Its Tasmota driver knows no state at first, and then does not wait for another.
         eventually(lambda n=number: facts(bench)[n]["machine"], place)  # type: ignore[misc]
-        assert "is on" in places._client("-p", place["name"], "power", "get")
-        places._client("-p", place["name"], "power", "off")
+        assert "is on" in client(place["name"], "power", "get")
+        client(place["name"], "power", "off")
         eventually(lambda n=number: not facts(bench)[n]["machine"], place)  # type: ignore[misc]
         places.free(place["name"])
         switched.append(place["head"])
@@ -174,8 +186,6 @@ def test_ctrl_c_leaves_nothing(bench_up: Callable[..., RunningBench]) -> None:
 
 
 def test_a_head_that_does_not_exist_is_one_line(tmp_path: Any) -> None:
-    import sys
-
     program = Path(sys.executable).with_name("brownout")
     ended = subprocess.run(
         [program, "bench", "up", "--head", "dc-motor"], capture_output=True, text=True, check=False

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from framework.rig_cli import rig
 from framework.targets.errors import RigError
 from framework.targets.exports import check_exporter, is_exporter
-from framework.targets.places import parse_places
 from framework.targets.rig import check_rig, load_rig, rig_features
 
 RIGS = Path(__file__).parents[2] / "rigs"
@@ -117,26 +116,3 @@ def test_the_command_says_good_and_refuses_with_code_two(tmp_path: Path) -> None
     assert isinstance(ended.exception, RigError)
     ended = runner.invoke(rig, ["check", str(RIGS / "bench.yaml"), "--quarantine"])
     assert "--quarantine needs --live" in str(ended.exception)
-
-
-def test_places_are_read_from_what_labgrids_client_prints() -> None:
-    first, second = parse_places(
-        "Place 'bench1':\n"
-        "  comment: quarantine: the console talks\n"
-        "  tags: board=bench, health=quarantine\n"
-        "  matches:\n"
-        "    bench/bench1/*\n"
-        "  acquired: vm/root\n"
-        "  acquired resources:\n"
-        "  created: 2026-11-30 18:00:43.196656\n"
-        "Place 'bench2':\n"
-        "  tags: board=bench\n"
-        "  acquired: None\n"
-    )
-    assert first.name == "bench1"
-    assert first.quarantined
-    assert first.acquired == "vm/root"
-    assert first.comment == "quarantine: the console talks"
-    assert not second.quarantined
-    assert second.acquired == ""
-    assert second.tags == {"board": "bench"}
