@@ -19,7 +19,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ from framework.targets.simulated.bootloader import PARTS, SLOTS, Choice
 from framework.targets.simulated.drive import Disk, DriveError
 from framework.targets.simulated.grubscript import Interpreter, Script, ScriptError
 
+SCRIPT: Final = Path(__file__).parents[3] / "images/boot/grub.cfg"
 COPIES: Final = (4 << 10, 68 << 10)
 """Where the copies begin: `env`, and behind it `lock`, 1024 bytes each."""
 LOCK: Final = SIZE
@@ -96,7 +97,7 @@ def format_copies(content: bytearray, variables: Mapping[str, str]) -> None:
 
 def shipped_script() -> str:
     """The text of the boot script that the images have."""
-    return (resources.files("images") / "boot/grub.cfg").read_text(encoding="utf-8")
+    return SCRIPT.read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=64)
