@@ -11,9 +11,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from targets_rigs import until
@@ -26,6 +26,7 @@ from framework.targets.strategy import BootFailure, Fate, SlotStrategy, judge_si
 
 RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
 BLOCK = 4096
+T = TypeVar("T")
 
 emulated = pytest.mark.emulated
 slow = pytest.mark.slow
@@ -186,7 +187,8 @@ def test_a_reboot_is_followed_into_the_next_boot(ready: SlotStrategy) -> None:
         ready.run("sync; reboot -f", 60)
     outcome = ready.await_boot(start)
     assert outcome.ready
-    assert outcome.starts == 1
+    # On a busy host the guest has come to its banner before the rig takes its reset over: two then.
+    assert outcome.starts in (1, 2)
     assert first is not None
     assert first.boot is not None
     assert outcome.boot is not None
@@ -246,18 +248,34 @@ def test_a_device_that_switches_itself_off_is_off(ready: SlotStrategy) -> None:
 def test_a_boot_that_is_not_ready_in_its_budget_is_data_or_a_product_failure(
     slots: SlotStrategy,
 ) -> None:
-    slots.transition("off")
-    outcome = slots.boot(0.5)
+    outcome = on_a_host_with_time(slots, lambda: slots.boot(0.5))
     assert outcome.fate in (Fate.NOT_READY, Fate.SILENT)
     assert not outcome.ready
-    budget, slots.boot_budget_s = slots.boot_budget_s, 0.5
-    try:
+
+    def ready_in_no_time() -> BootFailure:
         with pytest.raises(BootFailure) as caught:
             slots.transition("ready")
+        return caught.value
+
+    budget, slots.boot_budget_s = slots.boot_budget_s, 0.5
+    try:
+        failure = on_a_host_with_time(slots, ready_in_no_time)
     finally:
         slots.boot_budget_s = budget
-    assert isinstance(caught.value, AssertionError)
+    assert isinstance(failure, AssertionError)
     assert slots.path == []
+
+
+def on_a_host_with_time(slots: SlotStrategy, boot: Callable[[], T]) -> T:
+    """With half a second, a host that is busy for one is no verdict: then it is done again."""
+    for _ in range(8):
+        slots.transition("off")
+        try:
+            return boot()
+        except InfrastructureError as error:
+            if "too busy" not in str(error):
+                raise
+    raise AssertionError("the host was too busy eight times in a row")
 
 
 # -- the console under load ----------------------------------------------------------------
