@@ -74,9 +74,17 @@ class Contract:
 
     def end(self, exit_code: int) -> None:
         """It has ended by itself."""
+        # An update that had failed before, and whose end a fault kept from being recorded, is only
+        # cleaned up.
+        only_cleaned = ("state Cleanup",) if self._struck() else ()
         done = {
             "commit": ("committed ",),
-            "rollback": ("state ArtifactRollback", "rolled back to", "was not installed"),
+            "rollback": (
+                "state ArtifactRollback",
+                "rolled back to",
+                "was not installed",
+                *only_cleaned,
+            ),
             "install": ("installed ",) if self._slots else (),
         }.get(self._verb, ())
         if exit_code == 0 and done and not self._has(*done):

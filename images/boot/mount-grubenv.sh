@@ -22,6 +22,9 @@ make_copy() {
         fill $1 $kit/grubenv.img count=1 && mount_copy $1 rw
 }
 
+# GRUB can't flush: what it wrote to copy 1 has to be on the medium before copy 2 is touched.
+dd if=/dev/null of=$device_1 conv=notrunc,fsync 2> /dev/null
+
 good=1
 [ "$environment" = 2 ] && good=2
 other=$((3 - good))

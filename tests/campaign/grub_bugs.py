@@ -1,4 +1,9 @@
-"""Bugs planted in GRUB's boot script and in the client's way to its environment."""
+"""Bugs planted in GRUB's boot script and in the client's way to its environment.
+
+Not here, because one cut does not show them: a client that writes copy 1 only (init makes copy 2
+the same), and a script that leaves the lock closed while it writes (a torn block has lost its
+first line, or has all that counts in one sector).
+"""
 
 from __future__ import annotations
 
@@ -26,17 +31,6 @@ class GrubBug:
             assert text.count(old) == 1, f"{text.count(old)} times in the script: {old}"
             text = text.replace(old, new)
         return Laboratory(grub=text, grub_client=self.client)
-
-
-def one_copy_only(module: ModuleType) -> type:
-    """Writes copy 1 and forgets copy 2."""
-
-    class OneCopy(module.GrubEnvironment):  # type: ignore[name-defined, misc]
-        def _write_copy(self, copy: str, values: Any) -> None:
-            if copy == self._copies[0]:
-                super()._write_copy(copy, values)
-
-    return OneCopy
 
 
 def both_at_once(module: ModuleType) -> type:
@@ -72,21 +66,11 @@ def leaves_the_lock_open(module: ModuleType) -> type:
 
 
 GRUB_BUGS = {
-    "client-one-copy": GrubBug(frozenset({1, 3, 4, 7, 8}), client=one_copy_only),
     "client-both-at-once": GrubBug(frozenset({1, 3, 4, 7, 8}), client=both_at_once),
     "client-lock-stays-open": GrubBug(frozenset({1, 3, 4, 6, 7, 8}), client=leaves_the_lock_open),
-    "script-copy-2-not-brought-up-to-date": GrubBug(
+    "script-both-copies-in-one-start": GrubBug(
         frozenset({1, 3, 4, 7, 8}),
-        script=(('    if [ "$bo_use" = 1 ]; then bo_write "$bo_copy2"; fi\n', ""),),
-    ),
-    "script-lock-stays-closed": GrubBug(
-        frozenset({1, 3, 4, 7, 8}),
-        script=(
-            (
-                "function bo_write {\n    set editing=1\n",
-                "function bo_write {\n    set editing=0\n",
-            ),
-        ),
+        script=(('bo_write "$bo_copy1"\n', 'bo_write "$bo_copy1"\n bo_write "$bo_copy2"\n'),),
     ),
     "script-counts-nothing": GrubBug(
         frozenset({1, 8}),

@@ -16,6 +16,9 @@ The writing protocol, each step fsynced before the next:
     5.      env 2: new values
     6.      lock 2: editing=0
 
+The boot loader, which can't flush, writes to copy 1 only, and only where copy 2 is settled; what
+starts the system makes copy 2 the same again.
+
 A cut in any step leaves a copy that the rule selects and that is wholly old or wholly new: steps
 1 and 3 differ in one byte of one sector, and if that sector is torn the block is invalid, which
 the rule takes for "being edited". Without the healing step, a cut in step 5 followed by another
@@ -60,7 +63,8 @@ class GrubEnvironment:
             current = self._current()
             if self._is_settled(first) and not self._holds(second, current):
                 self._write_copy(second, current)
-            new = {**current, **values}
+            # What is set goes first, into one sector: half a block is never a mix of it.
+            new = {**values, **{key: current[key] for key in current if key not in values}}
             self._write_copy(first, new)
             self._write_copy(second, new)
         except (OSError, ValueError) as error:

@@ -371,8 +371,9 @@ class GrubCopies:
         """Make one copy as good as the other, or both anew, as init does."""
         good = 1 if use == 2 else 0
         try:
+            self._drive.flush()
             if use == 0 or not self._settled(good):
-                self._make_anew(slot)
+                self._make_anew(slot, (1 - good, good))
             else:
                 self._make_same(good)
         except DriveError as error:
@@ -422,7 +423,7 @@ class GrubCopies:
         self._make_copy(1 - good)
         self._write_copy(1 - good, content)
 
-    def _make_anew(self, slot: str) -> None:
+    def _make_anew(self, slot: str, order: tuple[int, int]) -> None:
         part = PARTS[slot]
         variables = {
             "bootcount": "0",
@@ -430,17 +431,17 @@ class GrubCopies:
             "mender_boot_part_hex": part,
             "upgrade_available": "0",
         }
-        for copy in (0, 1):
+        for copy in order:
             self._make_copy(copy)
             self._write(COPIES[copy], format_block(variables))
-        for copy in (0, 1):
             self._write(COPIES[copy] + LOCK, format_block({"editing": "0"}))
 
     def _make_copy(self, copy: int) -> None:
-        """A new file system, whose lock is open."""
+        """A new file system, whose lock is open: as it is before, without a superblock."""
         variables = {"bootcount": "0", "mender_boot_part": "2", "mender_boot_part_hex": "2"}
         env = format_block({**variables, "upgrade_available": "0"})
         both = env + format_block({"editing": "1"})
+        self._write(COPIES[copy] + LOCK, both[SIZE:])
         self._cache[COPIES[copy]], self._cache[COPIES[copy] + LOCK] = both[:SIZE], both[SIZE:]
         self._drive.write(COPIES[copy], both)
         self._drive.flush()
