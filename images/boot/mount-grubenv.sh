@@ -29,7 +29,8 @@ good=1
 [ "$environment" = 2 ] && good=2
 other=$((3 - good))
 mount_copy $other ro
-# Linux checks a superblock that GRUB takes as it is. By the order above the other copy is as new.
+# Linux checks a superblock that GRUB takes as it is. The other copy may lack what GRUB recorded in
+# this start: at worst a trial is made once more.
 if ! mount_copy $good ro && settled $other; then
     good=$other
     other=$((3 - good))
