@@ -230,6 +230,12 @@ def record(
     help="cut again (depth two) what N distinct recoveries write, and the update tried again after",
 )
 @click.option(
+    "--deep-minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="begin no further recovery of a recording after so long  [default: no limit]",
+)
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=None,
@@ -264,6 +270,7 @@ def explore(  # noqa: PLR0917 - one parameter an option
     decisions: int,
     cold_boots: int,
     deep: int,
+    deep_minutes: float | None,
     output: Path | None,
     bases: dict[str, Path],
     rig: Path | None,
@@ -285,7 +292,14 @@ def explore(  # noqa: PLR0917 - one parameter an option
         samples,
         seed,
         judges,
-        Bounds(data_checks, mounts, decisions, cold_boots, deep=deep),
+        Bounds(
+            data_checks,
+            mounts,
+            decisions,
+            cold_boots,
+            deep=deep,
+            deep_seconds=None if deep_minutes is None else 60 * deep_minutes,
+        ),
         accepted,
     )
     code = run_explore(

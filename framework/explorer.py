@@ -610,7 +610,9 @@ def depth_two_texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"depth two: {row['classes']:,} classes recover in {row['keys']:,} ways; of each of "
             f"{row['booted']:,}, which stand for {row['covered']:,} classes, one was booted and "
             f"cut again; {row['controls']:,} control samples; the update tried again from "
-            f"{row['retried']:,} distinct ends"
+            f"{row['retried']:,} distinct ends. What the bootloader, the repair and the system "
+            f"find one after the other: {row['parts_shown']:,} of {row['parts']:,} different "
+            "parts seen"
         )
         if row["unknown"]:
             texts.append(

@@ -14,6 +14,7 @@ an interrupt anywhere leaves no machine and no file behind.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,6 +116,8 @@ class DepthTwo:
         unknown: those whose data partition was not checked, so that their recovery is not known.
         keys: distinct recoveries of the others.
         booted: of these, how many were booted and cut again.
+        parts_shown, parts: how many of the distinct parts that keys consist of (what the
+            bootloader, the repair and the system find) were in a key that was booted.
         covered: the classes that these stand for.
         controls: second classes of one of these keys that were booted.
         retried: distinct ends of a recovery from which the update was tried again.
@@ -125,6 +128,8 @@ class DepthTwo:
     unknown: int
     keys: int
     booted: int
+    parts_shown: int
+    parts: int
     covered: int
     controls: int
     retried: int
@@ -158,6 +163,7 @@ class Bounds:
         controls: share of each that are control samples inside classes, 0 to 1.
         deep: most recovery keys of which a class's recovery is cut again (`EVERY`: all of them).
         deep_controls: share of these of which a second class is booted, as a control sample.
+        deep_seconds: no further recovery is begun when depth two has taken so long; None: no limit.
     """
 
     data: int = 2000
@@ -167,6 +173,7 @@ class Bounds:
     controls: float = 0.25
     deep: int = 0
     deep_controls: float = 0.125
+    deep_seconds: float | None = None
 
 
 class Progress(Protocol):
@@ -493,12 +500,16 @@ class _Work:
         )
 
     def cut_again(self, judge: ColdBootJudge, bounds: Bounds) -> None:
-        """Depth two: a class of each recovery key, and control samples of some."""
+        """Depth two: a class of each recovery key, and control samples of some.
+
+        A control sample follows its key, so that there are some wherever the time is over.
+        """
         began = time.monotonic()
+        until = math.inf if bounds.deep_seconds is None else began + bounds.deep_seconds
         classes = self.found.exploration.classes
         every = recoveries(classes, self.oracle, self.data)
         groups = every.groups[: bounds.deep]
-        controls = every.controls(len(groups), bounds.deep_controls, self.examiner.seed)
+        controls = dict(every.controls(len(groups), bounds.deep_controls, self.examiner.seed))
         ends = Ends()
         results: dict[int, DeepResult] = {}
         seen: list[tuple[int, Booted, Trace]] = []
@@ -515,32 +526,41 @@ class _Work:
                     judge, self.examiner.ears, members, phases, place, self.examiner.deeper, ends
                 )
 
-            jobs: list[tuple[int, CrashClass | None]] = [(n, None) for n in range(len(groups))]
-            jobs += controls
-            for done, _ in enumerate(_each(one, jobs, self.examiner.workers, place.stop), 1):
+            jobs: list[tuple[int, CrashClass | None]] = []
+            for number in range(len(groups)):
+                jobs.append((number, None))
+                if number in controls:
+                    jobs.append((number, controls[number]))
+            in_time = itertools.takewhile(lambda _: time.monotonic() < until, jobs)
+            for done, _ in enumerate(_each(one, in_time, self.examiner.workers, place.stop), 1):
                 self.examiner.progress.judging(DEPTH_TWO, done, len(jobs))
             compared = [self._compare(judge, place, results[n], b, t) for n, b, t in seen]
         self.found.deep += [results[number] for number in sorted(results)]
         boots = [*(result.booted for result in self.found.deep), *compared]
         differing = [booted for booted in boots if booted.disagreement]
         self.found.disagreements += differing
+        shown, parts = every.parts(results)
         self.found.depth_two = DepthTwo(
             classes=len(classes),
             unknown=every.unknown,
             keys=len(every.groups),
-            booted=len(groups),
-            covered=sum(len(members) for _, members in groups),
-            controls=len(controls),
+            booted=len(results),
+            parts_shown=shown,
+            parts=parts,
+            covered=sum(len(groups[number][1]) for number in results),
+            controls=len(seen),
             retried=len(ends),
-            left=tuple((k.describe(), len(c)) for k, c in every.groups[len(groups) :]),
+            left=tuple(
+                (k.describe(), len(c)) for n, (k, c) in enumerate(every.groups) if n not in results
+            ),
         )
         self.found.counts.append(
             JudgeCount(
                 judge=DEPTH_TWO,
-                looked_at=len(groups),
+                looked_at=len(results),
                 of=len(every.groups),
                 unit="distinct recoveries, all their cuts",
-                controls=len(controls),
+                controls=len(seen),
                 violations=sum(len(result.violations) for result in self.found.deep),
                 disagreements=len(differing),
                 seconds=time.monotonic() - began,

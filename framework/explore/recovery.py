@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Final
 
 from attrs import evolve, frozen
@@ -57,6 +57,18 @@ class RecoveryKey:
     needed: str
     view: str
 
+    def parts(self) -> tuple[Hashable, Hashable, Hashable]:
+        """What the bootloader finds, what the repair finds, and what the system finds then.
+
+        A start goes through these one after the other, and each looks at its own alone; so a
+        recovery is a combination of parts, of which there are far fewer than combinations.
+        """
+        return (
+            ("bootloader", self.fixed, self.copies, self.variables, self.slots),
+            ("repair", self.needed),
+            ("system", self.variables, self.slots, self.view),
+        )
+
     def describe(self) -> str:
         """One line for people."""
         valid, current, _ = self.copies
@@ -72,12 +84,17 @@ class Recoveries:
     """The classes of an exploration by recovery key.
 
     Attributes:
-        groups: the classes of each key, the keys so ordered that a beginning tells the most.
+        groups: the classes of each key, the keys so ordered that a beginning shows the most parts.
         unknown: classes whose data partition was not looked at: they have no key.
     """
 
     groups: tuple[tuple[RecoveryKey, tuple[CrashClass, ...]], ...]
     unknown: int
+
+    def parts(self, numbers: Iterable[int]) -> tuple[int, int]:
+        """How many distinct parts the keys of these numbers show, and how many there are."""
+        shown = {part for n in numbers for part in self.groups[n][0].parts()}
+        return len(shown), len({part for key, _ in self.groups for part in key.parts()})
 
     def controls(self, booted: int, share: float, seed: int) -> list[tuple[int, CrashClass]]:
         """Second classes of the first `booted` keys, as many as are that share of them.
@@ -118,25 +135,22 @@ def _variables(reading: EnvironmentReading) -> Variables:
     return tuple(sorted(reading.variables.items()))
 
 
-_LEVELS: Final[tuple[Callable[[RecoveryKey], Hashable], ...]] = (
-    lambda key: (key.fixed, key.copies, key.variables, key.slots),  # what a bootloader finds
-    lambda key: key.needed,
-    lambda key: (key.variables, key.slots, key.view),  # what a system finds
-    lambda key: key,
-)
-
-
 def _most_telling_first(groups: dict[RecoveryKey, list[CrashClass]]) -> list[RecoveryKey]:
-    """First a key for all that a bootloader can find, then for what else; the common ones first."""
+    """Always the key that shows the most parts that none before did; of equals the commonest.
+
+    When each part was shown once, the others follow: what they are combinations of is known.
+    """
     common = sorted(groups, key=lambda key: (-len(groups[key]), key.describe()))
-    chosen: dict[RecoveryKey, None] = {}
-    for level in _LEVELS:
-        told = {level(key) for key in chosen}
-        for key in common:
-            if level(key) not in told:
-                told.add(level(key))
-                chosen[key] = None
-    return list(chosen)
+    chosen: list[RecoveryKey] = []
+    told: set[Hashable] = set()
+    while common:
+        best = max(common, key=lambda key: len(set(key.parts()) - told))
+        if told.issuperset(best.parts()):
+            break
+        told.update(best.parts())
+        common.remove(best)
+        chosen.append(best)
+    return chosen + common
 
 
 @frozen

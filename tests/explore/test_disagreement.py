@@ -225,7 +225,15 @@ def test_two_classes_of_one_recovery_key_that_recover_differently_are_noticed(
     assert (code, result["disagreements"]) == (EXIT_CLEAN, [])
     (row,) = result["depth_two"]
     assert (row["keys"], row["booted"], row["left"]) == (2, 2, [])
+    assert row["parts_shown"] == row["parts"] > 0
     monkeypatch.setattr(examine, "recoveries", planted)
     code, result = explored(recording, tmp_path, ("static", "data"), deep=EVERY)
     assert code == EXIT_DISAGREEMENT
     assert any("one recovery key" in text for text in map(str, result["disagreements"]))
+
+
+def test_recoveries_that_were_not_begun_in_time_are_told(recording, tmp_path):
+    _, result = explored(recording, tmp_path, ("static", "data"), deep=EVERY, deep_seconds=0.0)
+    (row,) = result["depth_two"]
+    assert (row["keys"], row["booted"], row["controls"], row["parts_shown"]) == (2, 0, 0, 0)
+    assert len(row["left"]) == 2

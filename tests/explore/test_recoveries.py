@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections import Counter
 
@@ -14,7 +15,15 @@ from framework.disk import JournalReader, PrefixCache, TornSector, VolatileCache
 from framework.explore import explore
 from framework.explore.bulk import BulkOracle
 from framework.explore.judges.data import DataJudge
-from framework.explore.recovery import Ends, Recoveries, Trace, recoveries, trace_of
+from framework.explore.recovery import (
+    Ends,
+    Recoveries,
+    RecoveryKey,
+    Trace,
+    _most_telling_first,
+    recoveries,
+    trace_of,
+)
 from framework.explore.views import view_of
 
 MODELS = (PrefixCache(), VolatileCache(), TornSector())
@@ -85,11 +94,28 @@ def test_a_key_that_forgets_what_a_recovery_depends_on_is_given_away_by_its_trac
     assert any(apart)
 
 
-def test_the_first_keys_show_all_that_a_bootloader_can_find(recorded):
+def test_the_first_keys_show_every_part_and_none_of_them_in_vain(recorded):
     every = grouped(recorded)
-    finds = [(k.fixed, k.copies, k.variables, k.slots) for k, _ in every.groups]
-    different = len(set(finds))
-    assert len(set(finds[:different])) == different
+    keys = [key for key, _ in every.groups]
+    new = [set(k.parts()).difference(*(k.parts() for k in keys[:n])) for n, k in enumerate(keys)]
+    cover = next((n for n, parts in enumerate(new) if not parts), len(keys))
+    assert all(new[:cover])
+    assert not any(new[cover:])
+    assert [len(parts) for parts in new] == sorted((len(parts) for parts in new), reverse=True)
+    assert every.parts(range(cover))[0] == every.parts([])[1] == every.parts(range(len(keys)))[0]
+    assert every.parts(range(cover - 1))[0] < every.parts([])[1]
+
+
+def test_combinations_of_parts_that_were_seen_come_last():
+    """3 boot environments, 4 repairs and 5 views: 15 systems, and 60 combinations of all."""
+    keys = [
+        RecoveryKey((), ((True,), 0, ()), (("count", count),), (), needed, view)
+        for count, needed, view in itertools.product("012", "abcd", "vwxyz")
+    ]
+    every = Recoveries(tuple((key, ()) for key in _most_telling_first({k: [] for k in keys})), 0)
+    assert {key for key, _ in every.groups} == set(keys)
+    assert every.parts(range(15)) == (3 + 4 + 15, 3 + 4 + 15)
+    assert every.parts(range(4)) == (3 + 4 + 4, 22), "four at once show most"
 
 
 def test_controls_are_second_classes_of_keys_that_were_booted(recorded):
