@@ -48,7 +48,7 @@ night: images setup-tests
 	done
 
 # Record install + commit + rollback on all three targets and cut the recordings everywhere. DEEP:
-# how many distinct recoveries a target are cut again, or `all` (more than an hour).
+# how many distinct recoveries a target are cut again, or `all` (some hours).
 DEEP ?= 4
 explore: images
 	@for target in $(TARGETS); do \
