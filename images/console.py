@@ -19,6 +19,8 @@ from pathlib import Path
 from images.builder import TargetImages
 from images.errors import ImageError
 
+# As the rig has it: no vector instructions that OpenSSL would choose and TCG makes slow.
+X86_CPU = "Nehalem,+rdrand,-ssse3,-sse4.1,-sse4.2"
 # Paused at first (-S), so that no event comes before they are asked for.
 _EVENTS = '{"execute":"qmp_capabilities"}\n{"execute":"cont"}\n'
 
@@ -46,7 +48,7 @@ def command_line(images: TargetImages, disk: Path, network: str = "user") -> lis
             f"format=raw,readonly=on,file={_quoted(images.path(files['seed']))} "
         )
     else:
-        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand,-ssse3,-sse4.1,-sse4.2 "
+        own = f"qemu-system-x86_64 -M q35,accel=tcg -cpu {X86_CPU} "
     return shlex.split(own + common)
 
 

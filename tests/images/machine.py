@@ -15,6 +15,7 @@ from typing import Any
 import pexpect
 
 from images import TargetImages
+from images.console import X86_CPU
 
 PROMPT = r"root@brownout:~# "
 READY = r"BROWNOUT READY version=(\S+) slot=([ab]) boot_id=[0-9a-f-]{36}\r"
@@ -38,7 +39,7 @@ def command_line(images: TargetImages, disk: Path, variant: str = "v1") -> list[
             f"-drive if=pflash,index=1,format=raw,readonly=on,file={images.path(files['seed'])} "
         )
     else:
-        own = "qemu-system-x86_64 -M q35,accel=tcg -cpu Nehalem,+rdrand,-ssse3,-sse4.1,-sse4.2 "
+        own = f"qemu-system-x86_64 -M q35,accel=tcg -cpu {X86_CPU} "
     return shlex.split(own + common)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from images import console
 from images.builder import TargetImages
 from images.errors import ImageError
+
+ROOT = Path(__file__).parents[2]
 
 #: At a PC's reset vector: ask the keyboard controller for a reset, then stand still.
 RESETS = bytes.fromhex("b0fee664f4ebfd")
@@ -54,3 +57,9 @@ def test_a_target_with_an_sd_card_is_refused(tmp_path: Path) -> None:
     images = TargetImages("qemu-arm64-sd", tmp_path, manifest)
     with pytest.raises(ImageError, match="rig file"):
         console.command_line(images, tmp_path / "disk.img")
+
+
+def test_a_persons_pc_has_the_processor_of_its_rig():
+    rig = yaml.safe_load((ROOT / "rigs" / "qemu-x86_64.yaml").read_text())
+    driver = rig["targets"]["main"]["drivers"]["RecordedQEMUDriver"]
+    assert driver["cpu"] == console.X86_CPU
