@@ -326,12 +326,12 @@ def deeper_for(facts: Mapping[str, Any], retries: Mapping[str, Retry]) -> Deeper
 def excuse(run: Run, violation: Violation | DeepViolation, wish: Wish) -> str:
     """Why a violation doesn't count, to stand before its number; empty if it does."""
     if isinstance(violation, DeepViolation):
-        model, at_rest = violation.second.model, False
+        model = violation.second.model
     else:
-        model, at_rest = violation.state.model, violation.at_rest
+        model = violation.state.model
     if model in DISHONEST:
         return "with a lying device "
-    if at_rest:
+    if violation.at_rest:
         return "with a medium that destroys data at rest "
     finding = (model, violation.invariant)
     known = {(*finding, ""), (*finding, run.rig)} & wish.accepted

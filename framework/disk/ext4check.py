@@ -8,8 +8,8 @@ itself, so the same commands are run here. `e2fsck -fn` then has to find nothing
 
 One run of `e2fsck -fy` does for all that where it replays the journal and finds nothing to put
 right but the free counts of the superblock, which no journal holds and every mount and check counts
-anew: by far the commonest case. Where it says anything else its result is forgotten, and the
-device's own commands are run on another export.
+anew: by far the commonest case. Where it says anything else, and the device's own commands are
+others, its result is forgotten, and those are run on another export.
 
 Source: e2fsck(8), its exit codes; e2fsprogs has to be installed. A sector that can't be read is
 zeros here, where the device gets an I/O error: what becomes of that, only a boot shows.
@@ -70,11 +70,13 @@ class Ext4Check:
 class Repair:
     """How a device mends its data partition before it mounts it.
 
-    `e2fsck -y`; if that fails, which it does without a superblock that can be read, the file
-    system's first block is written with zeros, and `e2fsck -y` begins with a copy of the
-    superblock. Not the `e2fsck -p` that distributions run: where the group descriptors are damaged
-    it deletes the journal (1.47), and files that were synced are gone with it; `-y` takes a copy of
-    the descriptors and replays the journal.
+    `e2fsck -fy`; if that fails, which it does without a superblock that can be read, the file
+    system's first block is written with zeros, and `e2fsck -fy` begins with a copy of the
+    superblock. Always a whole check (`-f`): a repair that a cut ended may have left a superblock
+    that calls the file system clean, and then `-y` alone does nothing. Not the `e2fsck -p` that
+    distributions run: where the group descriptors are damaged it deletes the journal (1.47), and
+    files that were synced are gone with it; `-y` takes a copy of the descriptors and replays the
+    journal.
 
     Attributes:
         block_bytes: the file system's block size.
@@ -156,22 +158,28 @@ class Ext4Image:
         Raises DiskError if e2fsck is missing or does not end.
         """
         code, words = _e2fsck(self.path, "-fy")
-        if code < _LEFT_UNCORRECTED and all(map(_USUAL.fullmatch, words.splitlines())):
-            return True, "recovering journal" in words, words, False
-        self._export()
-        return self._recover_as_the_device(repair)
-
-    def _recover_as_the_device(self, repair: Repair | None) -> tuple[bool, bool, str, bool]:
-        code, words = _e2fsck(self.path, "-fp" if repair is None else "-y")
         replayed = "recovering journal" in words
-        mended = repair is not None and code != 0
-        if repair is not None and code >= _LEFT_UNCORRECTED:
+        if code < _LEFT_UNCORRECTED and all(map(_USUAL.fullmatch, words.splitlines())):
+            return True, replayed, words, False
+        if repair is None:
+            self._export()
+            return self._preen()
+        if code >= _LEFT_UNCORRECTED:
             code, more = self._from_copies(repair, code)
             words += more
         if code >= _LEFT_UNCORRECTED:
-            return False, replayed, words, mended
+            return False, replayed, words, True
         code, more = _e2fsck(self.path, "-fn")
-        return code == 0, replayed, words + more, mended
+        return code == 0, replayed, words + more, True
+
+    def _preen(self) -> tuple[bool, bool, str, bool]:
+        """What a mount would put right is; then nothing may be wrong."""
+        code, words = _e2fsck(self.path, "-fp")
+        replayed = "recovering journal" in words
+        if code >= _LEFT_UNCORRECTED:
+            return False, replayed, words, False
+        code, more = _e2fsck(self.path, "-fn")
+        return code == 0, replayed, words + more, False
 
     def _from_copies(self, repair: Repair, code: int) -> tuple[int, str]:
         words = ""
@@ -181,7 +189,7 @@ class Ext4Image:
                 continue
             with self.path.open("r+b") as file:
                 file.write(bytes(repair.block_bytes))
-            code, more = _e2fsck(self.path, "-y", *where)
+            code, more = _e2fsck(self.path, "-fy", *where)
             words += more
             if code < _LEFT_UNCORRECTED:
                 break

@@ -31,6 +31,7 @@ from framework.explore.judges.boots import BOOT_TIMEOUT_S, MAX_STARTS, Booted, C
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
 from framework.explore.recovery import NOTHING, Ends, Trace, trace_of
+from framework.explore.rest import spared
 from framework.explore.serve import Heard, StateMachine, Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration
 from framework.explore.timeline import (
@@ -48,6 +49,8 @@ from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 DATA_LIMIT: Final = 400
 """Most distinct data partitions of a recovery that are checked; the rest is counted."""
 RETRY_TIMEOUT_S: Final = 300.0
+_OF_DATA: Final = (5, 6)
+"""Invariants that a lost data partition breaks: it is sound, and updates succeed on it."""
 _ENDED: Final = re.compile(r"BROWNOUT-RETRY (?P<code>\d+)\s*\n")
 
 
@@ -96,6 +99,8 @@ class DeepViolation:
         first, second: both crash states.
         recovery: the recovery's journal, compressed.
         promised: the newest promise at the second cut, in words.
+        at_rest: whether the data partition was lost at the first cut already, and by the medium
+            alone, which destroyed data at rest (`framework.explore.rest`).
     """
 
     invariant: int
@@ -105,6 +110,7 @@ class DeepViolation:
     second: CrashState
     recovery: bytes
     promised: str
+    at_rest: bool = False
 
 
 @frozen
@@ -154,11 +160,12 @@ def cut_again(  # noqa: PLR0917 - who, what, when, where, how
         explored, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
         if broken := recovery.not_converged(context):
             found += _never_converged(context, journal, first, phases, broken)
+        lost = {phase for phase in phases if found and _lost_at_rest(context, first, phase)}
         return DeepResult(
             crash_class,
             booted,
             explored,
-            tuple(found),
+            tuple(evolve(v, at_rest=v.phase in lost and v.invariant in _OF_DATA) for v in found),
             recovery.retried,
             unchecked,
             recovery.trace,
@@ -313,6 +320,17 @@ class _Recovery:
             self.retried = f"{name} was installed, {self._last_version} runs"
             return ""
         return f"the update tried again: {self.retried}"
+
+
+def _lost_at_rest(context: Context, first: CrashState, phase: int) -> bool:
+    """Whether a cut lost the data partition, and would not have on a medium that spares it."""
+    gentler = spared(context.journal, first)
+    if gentler is None:
+        return False
+    data = DataJudge(context)
+    there, spared_there = (data.said(data.look(state), phase) for state in (first, gentler))
+    held = spared_there.clean and spared_there.intact
+    return held and not (there.clean and there.intact)
 
 
 def _never_converged(

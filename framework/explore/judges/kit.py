@@ -154,7 +154,7 @@ def _mend(repair: Repair | None) -> str:
     """The device's own steps; see `Repair`."""
     if repair is None:
         return ""
-    return f"""check() {{ e2fsck -y "$@" "$device" > /dev/null 2>&1; [ $? -lt 4 ]; }}
+    return f"""check() {{ e2fsck -fy "$@" "$device" > /dev/null 2>&1; [ $? -lt 4 ]; }}
 if ! check; then
     for backup in {" ".join(map(str, repair.backups))}; do
         e2fsck -n -b $backup -B {repair.block_bytes} "$device" > /dev/null 2>&1
