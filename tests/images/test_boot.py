@@ -5,6 +5,7 @@ Two targets, the same sentences; what differs is how Linux writes the boot varia
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +281,28 @@ def test_a_data_partition_whose_head_is_torn_is_mended_from_the_copies_of_it(
         assert machine.run("cat /data/x") == "kept"
     assert bench.said("BROWNOUT DATA-REPAIR") == 1
     assert bench.said("BROWNOUT DATA-FAILED") == 0
+
+
+def test_damage_behind_a_superblock_that_says_clean_is_mended(
+    built: Callable[..., TargetImages], make_disk: Callable[..., Disk], tmp_path: Path
+) -> None:
+    """What a repair leaves that a cut has ended; `e2fsck -y` would believe the superblock."""
+    bench = Bench(make_disk(built("qemu-arm64", "v2")), tmp_path / "log")
+    bench.boot("mkdir /data/d; echo kept > /data/x; sync")
+    partition = bench.disk.partitions["data"]
+    part = tmp_path / "data.img"
+    part.write_bytes(bench.disk.read(partition["offset"], partition["size"]))
+    subprocess.run(["e2fsck", "-fy", part], check=False, capture_output=True)
+    subprocess.run(["debugfs", "-w", "-R", "clri /d", part], check=True, capture_output=True)
+    believing = subprocess.run(["e2fsck", "-y", part], check=False, capture_output=True)
+    assert believing.returncode == 0, "it is not noticed without -f"
+    bench.disk.write(partition["offset"], part.read_bytes())
+    with bench.on() as machine:
+        assert machine.boot() == ("v1", "a")
+        assert machine.run("cat /data/x") == "kept"
+        device = machine.run("mount | grep ' /data ' | cut -d' ' -f1")
+        machine.run("umount /data")
+        assert machine.run(f"e2fsck -fn {device} > /dev/null 2>&1; echo $?") == "0"
 
 
 def test_offline_and_unhealthy_fail_the_checks_they_should(
