@@ -11,8 +11,11 @@ right but the free counts of the superblock, which no journal holds and every mo
 anew: by far the commonest case. Where it says anything else, and the device's own commands are
 others, its result is forgotten, and those are run on another export.
 
-Source: e2fsck(8), its exit codes; e2fsprogs has to be installed. A sector that can't be read is
-zeros here, where the device gets an I/O error: what becomes of that, only a boot shows.
+A sector that can't be read takes its whole page with it: Linux reads a block device by pages, and
+fails all of one. Told to go on (`-y`), e2fsck takes such a page for zeros, and writes it so. Here
+it is zeros from the beginning; but a file's own content is read by no check: it stays unreadable.
+
+Source: e2fsck(8), its exit codes and how it handles read errors; e2fsprogs has to be installed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from framework.disk.files import ExtReader
 from framework.disk.lazy import LazyDisk, read_exact
 
 _TIMEOUT_S: Final = 120.0
+_PAGE: Final = 4096
 _MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
 _PLENTY: Final = 16
 """How often a partition has to fit: several are checked at once."""
@@ -114,8 +118,8 @@ class _ImageFile:
 class Ext4Image:
     """A partition exported to a temporary file, which is removed at the end.
 
-    A context manager. Sectors that can't be read become zeros in it, as for a file system check
-    that goes on after an I/O error.
+    A context manager. Pages that can't be read become zeros in it, as for a file system check
+    that goes on after an I/O error; the content of files in them stays unreadable.
     """
 
     def __init__(self, disk: LazyDisk, offset: int, length: int) -> None:
@@ -124,6 +128,10 @@ class Ext4Image:
         self._length = length
         self._directory: Path | None = None
         self.path = Path()
+        self.unreadable = [
+            _pages(at - offset, size) for at, size in disk.unreadable(offset, length)
+        ]
+        """(Offset, length) from the partition's start, in whole pages."""
 
     def __enter__(self) -> Ext4Image:
         self._directory = Path(tempfile.mkdtemp(prefix="brownout-ext4-", dir=_place(self._length)))
@@ -137,6 +145,11 @@ class Ext4Image:
 
     def _export(self) -> None:
         self._disk.export(self.path, self._offset, self._length, zero_unreadable=True)
+        if self.unreadable:
+            with self.path.open("r+b") as file:
+                for at, size in self.unreadable:
+                    file.seek(at)
+                    file.write(bytes(min(size, self._length - at)))
 
     def __exit__(
         self,
@@ -199,7 +212,7 @@ class Ext4Image:
         """A file's content as it is now; raises LayoutError if it is missing or damaged."""
         source = _ImageFile(self.path)
         try:
-            return ExtReader(source, 0, self._length).read_file(path)
+            return self._reader(source).read_file(path)
         finally:
             source.close()
 
@@ -207,7 +220,7 @@ class Ext4Image:
         """The names in a directory, sorted; raises LayoutError."""
         source = _ImageFile(self.path)
         try:
-            return ExtReader(source, 0, self._length).list_directory(path)
+            return self._reader(source).list_directory(path)
         finally:
             source.close()
 
@@ -215,11 +228,20 @@ class Ext4Image:
         """See `ExtReader.everything`; None where there is no reading it."""
         source = _ImageFile(self.path)
         try:
-            return ExtReader(source, 0, self._length).everything()
+            return self._reader(source).everything()
         except DiskError:
             return None
         finally:
             source.close()
+
+    def _reader(self, source: _ImageFile) -> ExtReader:
+        return ExtReader(source, 0, self._length, self.unreadable)
+
+
+def _pages(at: int, size: int) -> tuple[int, int]:
+    """The whole pages that a range touches."""
+    begin = at // _PAGE * _PAGE
+    return begin, -(-(at + size) // _PAGE) * _PAGE - begin
 
 
 def check_ext4(
@@ -246,7 +268,7 @@ def check_ext4(
             except LayoutError:
                 files[path] = None
         tree = image.everything() if everything else None
-        holes = disk.unreadable(offset, length)
+        holes = image.unreadable
         if holes:
             output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
         return Ext4Check(clean, replayed, output, files, mended, len(holes), tree)

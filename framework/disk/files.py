@@ -10,7 +10,7 @@ Every loop is bounded, so a damaged file system gives LayoutError, never a hang.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 from framework.disk.errors import DiskError, LayoutError
@@ -76,7 +76,14 @@ class ExtReader:
 
     kind = "ext"
 
-    def __init__(self, source: Source, offset: int, length: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        offset: int,
+        length: int,
+        unreadable: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """`unreadable`: (offset, length) from the partition's start that no file can be read of."""
         self._source = source
         self._offset = offset
         self._length = length
@@ -97,6 +104,11 @@ class ExtReader:
             raise self._wrong(f"ext features {incompatible:#x} are not read here")
         self._block_size = 1024 << log_size
         self._descriptor_size = descriptor if incompatible & 0x80 and descriptor >= 64 else 32
+        self._lost = {
+            block
+            for at, size in unreadable
+            for block in range(at // self._block_size, -(-(at + size) // self._block_size))
+        }
 
     def read_file(self, path: str, *, limit: int = _MAX_FILE) -> bytes:
         """A regular file's content; raises LayoutError if it is missing or damaged."""
@@ -104,7 +116,7 @@ class ExtReader:
         (mode,) = struct.unpack_from("<H", inode)
         if mode & 0xF000 != 0x8000:
             raise self._wrong(f"{path} is not a regular file")
-        return self._content(inode, limit, path)
+        return self._file(inode, limit, path)
 
     def list_directory(self, path: str) -> list[str]:
         """The names in a directory, sorted; raises LayoutError."""
@@ -139,7 +151,7 @@ class ExtReader:
                             waiting.append((path + "/", inner))
                         seen.add(inner)
                         continue
-                    content = self._content(inode, room, path) if kind == 0x8000 else None
+                    content = self._file(inode, room, path) if kind == 0x8000 else None
                 except DiskError:
                     content = None
                 found[path] = content
@@ -211,6 +223,15 @@ class ExtReader:
             if number:
                 yield data[at + 8 : at + 8 + name_size].decode(errors="surrogateescape"), number
             at += size
+
+    def _file(self, inode: bytes, limit: int, path: str) -> bytes:
+        """A regular file's content. A file system check mends what is around it, not what is in."""
+        if self._lost:
+            count = -(-self._size(inode) // self._block_size)
+            for block in self._blocks(inode, count, path).values():
+                if block in self._lost:
+                    raise self._wrong(f"{path}: block {block} can't be read")
+        return self._content(inode, limit, path)
 
     def _content(self, inode: bytes, limit: int, path: str) -> bytes:
         size = self._size(inode)

@@ -43,6 +43,8 @@ def view_of(files: Files, kinds: Kinds) -> str:
             continue
         if kind == DATABASE and content is not None:
             seen = _database(content, files.get(path + "-journal"), files.get(path + "-wal"))
+            ends = (end for end in _BESIDE if files.get(path + end, b"") is None)
+            seen += "".join(f" {end} unreadable" for end in ends)
         else:
             seen = _digest(content)
         told.append(f"{path}={seen}")

@@ -546,6 +546,39 @@ def test_a_device_that_mends_looks_behind_a_superblock_that_says_clean(tree, tmp
     assert checked.returncode != 0
 
 
+@needs("mke2fs", "e2fsck", "debugfs")
+def test_a_files_unreadable_sector_costs_the_file_and_its_page_and_nothing_else(tree, tmp_path):
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    block = int(run("debugfs", "-R", "blocks /block", image).split()[0])
+    with disk_of(image) as disk:
+        disk.map[block * 4096 // S + 5] = UNREADABLE
+        result = check_ext4(disk, 0, 24 * MIB, read=["/block"], repair=MENDS, everything=True)
+    assert (result.clean, result.mended, result.unreadable) == (True, False, 1)
+    assert result.files == {"/block": None}
+    assert result.tree is not None
+    assert {name for name, content in result.tree.items() if content is None} == {"/block"}
+
+
+@needs("mke2fs", "e2fsck", "debugfs")
+def test_an_unreadable_sector_between_inodes_costs_all_of_its_page(tree, tmp_path):
+    """A block device is read by pages; a file system check takes one that fails for zeros."""
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    where = re.search(r"located at block (\d+)", run("debugfs", "-R", "imap /block", image))
+    assert where is not None
+    table = int(where[1])
+    inside = [
+        n
+        for n in tree.iterdir()
+        if f"block {table}," in run("debugfs", "-R", f"imap /{n.name}", image)
+    ]
+    assert len(inside) > 1
+    with disk_of(image) as disk:
+        disk.map[table * 4096 // S + 7] = UNREADABLE
+        found = check_ext4(disk, 0, 24 * MIB, repair=MENDS, everything=True).tree
+    assert found is not None
+    assert not {f"/{path.name}" for path in inside} & set(found)
+
+
 def test_no_temporary_files_are_left(tree, tmp_path, monkeypatch):
     scratch = tmp_path / "tmp"
     scratch.mkdir()

@@ -206,6 +206,11 @@ def test_an_unfinished_transaction_is_undone_and_seen(tmp_path):
     assert view_of(broken, KINDS) not in {view_of(plain, KINDS), view_of(hot, KINDS)}
 
 
+def test_a_transactions_journal_that_cannot_be_read_is_not_one_that_is_not_there(tmp_path):
+    plain = database(tmp_path / "1", "Download")
+    assert view_of({**plain, "/db-journal": None}, KINDS) != view_of(plain, KINDS)
+
+
 def test_times_and_random_identifiers_are_masked_and_nothing_else(tmp_path):
     texts = [
         "at 1796059056 by 8f557699-e9cf-4a7b-b2ba-a93e69c51e3c",
