@@ -58,7 +58,8 @@ class Ext4Check:
     `replayed`: its journal had something to replay. `output`: e2fsck's words, for people.
     `files`: the content of the files asked for, None for one that is missing or unreadable.
     `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
-    many ranges can't be read. `tree`: all files, if they were asked for and can be read.
+    many ranges can't be read. `tree`: all files, if they were asked for and can be read; `lost`: by
+    path, the blocks of a file that can't be read, from 0.
     """
 
     clean: bool
@@ -68,6 +69,7 @@ class Ext4Check:
     mended: bool = False
     unreadable: int = 0
     tree: Mapping[str, bytes | None] | None = None
+    lost: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -224,13 +226,14 @@ class Ext4Image:
         finally:
             source.close()
 
-    def everything(self) -> dict[str, bytes | None] | None:
-        """See `ExtReader.everything`; None where there is no reading it."""
+    def everything(self) -> tuple[dict[str, bytes | None] | None, dict[str, tuple[int, ...]]]:
+        """See `ExtReader.everything` and `lost`; None where there is no reading it."""
         source = _ImageFile(self.path)
         try:
-            return self._reader(source).everything()
+            reader = self._reader(source)
+            return reader.everything(), reader.lost
         except DiskError:
-            return None
+            return None, {}
         finally:
             source.close()
 
@@ -267,11 +270,11 @@ def check_ext4(
                 files[path] = image.read_file(path)
             except LayoutError:
                 files[path] = None
-        tree = image.everything() if everything else None
+        tree, lost = image.everything() if everything else (None, {})
         holes = image.unreadable
         if holes:
             output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
-        return Ext4Check(clean, replayed, output, files, mended, len(holes), tree)
+        return Ext4Check(clean, replayed, output, files, mended, len(holes), tree, lost)
 
 
 def _e2fsck(path: Path, *options: str) -> tuple[int, str]:

@@ -104,6 +104,8 @@ class ExtReader:
             raise self._wrong(f"ext features {incompatible:#x} are not read here")
         self._block_size = 1024 << log_size
         self._descriptor_size = descriptor if incompatible & 0x80 and descriptor >= 64 else 32
+        self.lost: dict[str, tuple[int, ...]] = {}
+        """By path of a file that could not be read, the blocks of it that can't, from 0."""
         self._lost = {
             block
             for at, size in unreadable
@@ -126,8 +128,8 @@ class ExtReader:
     def everything(self) -> dict[str, bytes | None]:
         """All files by path, directories with a slash at the end and no content.
 
-        None for what can't be read, or is neither. Raises LayoutError if there is no root
-        directory, or more than can be read.
+        None for what can't be read, or is neither; `lost` has then which blocks of it can't. Raises
+        LayoutError if there is no root directory, or more than can be read.
         """
         found: dict[str, bytes | None] = {}
         seen: set[int] = set()
@@ -228,9 +230,10 @@ class ExtReader:
         """A regular file's content. A file system check mends what is around it, not what is in."""
         if self._lost:
             count = -(-self._size(inode) // self._block_size)
-            for block in self._blocks(inode, count, path).values():
-                if block in self._lost:
-                    raise self._wrong(f"{path}: block {block} can't be read")
+            blocks = self._blocks(inode, count, path)
+            if lost := sorted(n for n, block in blocks.items() if block in self._lost):
+                self.lost[path] = tuple(lost)
+                raise self._wrong(f"{path}: block {lost[0]} can't be read")
         return self._content(inode, limit, path)
 
     def _content(self, inode: bytes, limit: int, path: str) -> bytes:

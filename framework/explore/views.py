@@ -33,8 +33,12 @@ _OF_THE_RUN: Final = re.compile(
 )
 
 
-def view_of(files: Files, kinds: Kinds) -> str:
-    """The view of these files: equal texts, equal to a system that starts."""
+def view_of(files: Files, kinds: Kinds, lost: Mapping[str, tuple[int, ...]] | None = None) -> str:
+    """The view of these files: equal texts, equal to a system that starts.
+
+    `lost`: by path, the blocks of a file that can't be read: who reads only others notices nothing.
+    """
+    lost = {} if lost is None else lost
     told: list[str] = []
     beside = {p + end for p, kind in kinds.items() if kind == DATABASE for end in _BESIDE}
     for path, content in sorted(files.items()):
@@ -43,10 +47,13 @@ def view_of(files: Files, kinds: Kinds) -> str:
             continue
         if kind == DATABASE and content is not None:
             seen = _database(content, files.get(path + "-journal"), files.get(path + "-wal"))
-            ends = (end for end in _BESIDE if files.get(path + end, b"") is None)
-            seen += "".join(f" {end} unreadable" for end in ends)
         else:
             seen = _digest(content)
+        if kind == DATABASE:
+            ends = (end for end in _BESIDE if files.get(path + end, b"") is None)
+            seen += "".join(f" {end} {lost.get(path + end)}" for end in ends)
+        if content is None:
+            seen += str(lost.get(path))
         told.append(f"{path}={seen}")
     return _digest("\n".join(told).encode(errors="surrogateescape"))
 

@@ -211,6 +211,12 @@ def test_a_transactions_journal_that_cannot_be_read_is_not_one_that_is_not_there
     assert view_of({**plain, "/db-journal": None}, KINDS) != view_of(plain, KINDS)
 
 
+def test_which_blocks_of_a_file_cannot_be_read_is_seen():
+    for path in ("/db", "/file"):
+        first, second = (view_of({path: None}, KINDS, {path: (n,)}) for n in (0, 7))
+        assert first != second
+
+
 def test_times_and_random_identifiers_are_masked_and_nothing_else(tmp_path):
     texts = [
         "at 1796059056 by 8f557699-e9cf-4a7b-b2ba-a93e69c51e3c",

@@ -104,7 +104,9 @@ class DataJudge:
                 if self._views:
                     needed.append(_needed(found))
                     tree = found.tree
-                    views.append("" if tree is None else view_of(tree, self.context.views))
+                    views.append(
+                        "" if tree is None else view_of(tree, self.context.views, found.lost)
+                    )
         return DataContent(clean, words, digests, plain, "; ".join(needed), "; ".join(views))
 
     def seen(self, crash_class: CrashClass, phase: int) -> DataChecked | None:
