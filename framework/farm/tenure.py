@@ -70,10 +70,11 @@ class Tenure:
         while not unwanted() and time.monotonic() < deadline:
             try:
                 if self._try(tags, deadline, unwanted):
+                    self._places.leave()
                     self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
                     self._beating.start()
                     return True
-            except InfrastructureError:
+            except (InfrastructureError, RigError):  # away, or the place is no more
                 time.sleep(_AWAY_S)
         return False
 
@@ -94,7 +95,7 @@ class Tenure:
             if reserved.place and self._take(reserved.place):
                 self.place = reserved.place
                 return True
-        except InfrastructureError:
+        except (InfrastructureError, RigError):
             with contextlib.suppress(InfrastructureError):
                 self._places.cancel(self.token)
             raise
@@ -146,6 +147,7 @@ class Tenure:
         self._places.set_tags(self.place, self._lease.tags)
         if not found.acquired:
             self._places.acquire(self.place)
+            self._places.leave()
 
     def quarantine(self, reason: str) -> None:
         """Mark the place as sick, for everybody."""
@@ -157,7 +159,8 @@ class Tenure:
         if self._beating is not None:
             self._beating.join()
         if self.place:
-            hand_back(self._places, self._places.find(self.place), self._lease)
+            with contextlib.suppress(RigError):  # the place is no more
+                hand_back(self._places, self._places.find(self.place), self._lease)
             self.place = ""
         self._places.cancel(self.token)
 
