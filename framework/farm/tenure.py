@@ -159,9 +159,12 @@ class Tenure:
         if self._beating is not None:
             self._beating.join()
         if self.place:
+            cancelled = ""
             with contextlib.suppress(RigError):  # the place is no more
-                hand_back(self._places, self._places.find(self.place), self._lease)
+                cancelled = hand_back(self._places, self._places.find(self.place), self._lease)
             self.place = ""
+            if cancelled == self.token:
+                return
         self._places.cancel(self.token)
 
 
@@ -177,16 +180,21 @@ class Freed:
         return f"{self.place}: held by {self.lease}: {self.reason}; freed"
 
 
-def hand_back(places: Places, place: Place, lease: Lease) -> None:
-    """Release a place that a lease holds; nothing of it is left. Others' are left alone."""
+def hand_back(places: Places, place: Place, lease: Lease) -> str:
+    """Release a place that a lease holds; nothing of it is left. Others' are left alone.
+
+    The reservation that was cancelled; empty: none.
+    """
     if not lease.same_holder(Lease.of(place.tags)):
-        return
+        return ""
     locked = place.acquired == lease.owner
     if locked:
         places.free(place.name, lease.owner)
     places.set_tags(place.name, CLEARED)
-    if locked and place.reservation:  # of a place that nobody locked it may be somebody else's
-        places.cancel(place.reservation)
+    if not locked or not place.reservation:  # where nobody locked it may be somebody else's
+        return ""
+    places.cancel(place.reservation)
+    return place.reservation
 
 
 def free_dead(
