@@ -21,7 +21,7 @@ import contextlib
 import platform
 import re
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from framework.scenario.device import Device, Update
 from framework.scenario.record import attach, record
 from framework.scenario.stage import staged_device, staged_faults
 from framework.targets.errors import InfrastructureError, RigError
-from framework.targets.rig import check_rig, rig_features
+from framework.targets.rig import board_recipe, check_rig, load_rig, rig_features
 from framework.verdict import Outcome, Verdict, ViolationError
 from images import ImageError, Progress, build_target, recipe_names
 
@@ -181,7 +181,23 @@ def _share(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_finish(session: pytest.Session) -> Generator[None, None, None]:
+    """Build a board's images before anything holds it; tell how many scenarios there are."""
+    rig = session.config.getoption("lg_env", default=None)
+    if rig is not None and not session.config.option.collectonly:
+        uses = [item for item in session.items if "bench" in getattr(item, "fixturenames", ())]
+        recipe = board_recipe(load_rig(rig)) if uses else ""
+        if recipe:
+            try:
+                build_target(recipe, _variants(uses), progress=_tell_build, relock_if_gone=True)
+            except ImageError as error:
+                raise pytest.UsageError(str(error)) from error
+    _tell_count(session)
+    return (yield)
+
+
+def _tell_count(session: pytest.Session) -> None:
     """Tell a live display how many scenarios this process has."""
     store = _store(session.config)
     if store is None or _worker(session.config) not in ("", "gw0"):
@@ -200,6 +216,17 @@ def _store(config: pytest.Config) -> ResultStore | None:
     return None if directory is None else ResultStore(directory)
 
 
+def _variants(items: Iterable[pytest.Item]) -> list[str]:
+    """All images that some scenarios use."""
+    wanted = {DEFAULT_BASE, DEFAULT_UPDATE}
+    for item in items:
+        for name in ("base", "update"):
+            wanted.update(str(marker.args[0]) for marker in item.iter_markers(name))
+        for marker in item.iter_markers("images"):
+            wanted.update(str(name) for name in marker.args)
+    return sorted(wanted)
+
+
 def _variant(request: pytest.FixtureRequest, marker: str, default: str) -> str:
     found = request.node.get_closest_marker(marker)
     return str(found.args[0]) if found is not None else default
@@ -216,14 +243,8 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """The rig's machine, its images, and a TLS server with artifacts, for the whole session."""
     if request.config.getoption("lg_env", default=None) is None:
         pytest.skip("needs a rig: pytest --lg-env rigs/qemu-arm64.yaml")
-    wanted = {DEFAULT_BASE, DEFAULT_UPDATE}
-    for item in request.session.items:
-        for name in ("base", "update"):
-            wanted.update(str(marker.args[0]) for marker in item.iter_markers(name))
-        for marker in item.iter_markers("images"):
-            wanted.update(marker.args)
     try:
-        opened = open_bench(request, sorted(wanted))
+        opened = open_bench(request, _variants(request.session.items))
     except BenchError as error:
         raise pytest.UsageError(str(error)) from error
     with contextlib.closing(opened):

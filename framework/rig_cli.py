@@ -9,7 +9,7 @@ import click
 
 from framework.targets.errors import InfrastructureError, RigError
 
-EXIT_NOT_FIT = 1
+EXIT_NOT_FIT, EXIT_INFRASTRUCTURE = 1, 4
 
 
 @click.group()
@@ -90,6 +90,63 @@ def _check_live(path: Path, cycles: int, quarantine: bool) -> bool:
             places.heal(place)
     places.close()
     return not reason
+
+
+@rig.command("endure")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--cycles", type=click.IntRange(1), default=500, show_default=True, help="in all")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=None, help="stop then")
+@click.option(
+    "--record",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("build/endurance.db"),
+    show_default=True,
+    help="what became of each cycle; the same command goes on where it was interrupted",
+)
+def rig_endure(file: Path, cycles: int, minutes: float | None, path: Path) -> None:
+    """Switch a board, which must be yours (locked), off and on again, hundreds of times.
+
+    Off is what the power head says and the console shows; on is a boot never seen before. A cycle
+    that the rig spoilt is counted apart (INFRASTRUCTURE) and done again, at most three times in a
+    row. Exit codes: 0 always ready, 1 a boot failed, 2 the rig can't be used, 4 no boot failed but
+    the rig did, or the time was over first.
+
+    Example: brownout rig endure rigs/bench.yaml --cycles 500
+    """
+    # Here: they import every driver.
+    from framework.targets.endurance import Cycle, CycleRecord, endure  # noqa: PLC0415
+    from framework.targets.health import strategy_of  # noqa: PLC0415
+    from framework.targets.places import Places  # noqa: PLC0415
+    from framework.targets.rig import (  # noqa: PLC0415
+        check_rig,
+        load_rig,
+        open_target,
+        remote_place,
+    )
+
+    check_rig(file)
+    board = file.stem
+    name = remote_place(load_rig(file))
+    if name:
+        with Places() as places:
+            board = places.find(name).name
+
+    def say(number: int, cycle: Cycle) -> None:
+        click.echo(f"{number:4} of {cycles}: {cycle.verdict}, {cycle.seconds:.1f} s: {cycle.fact}")
+
+    with CycleRecord(path) as record:
+        before = record.tally(board)
+        if before.done:
+            click.echo(f"before: {before}")
+        strategy = strategy_of(open_target(file))
+        seconds = None if minutes is None else 60 * minutes
+        tally = endure(strategy, record, board, cycles, seconds=seconds, say=say)
+    click.echo(str(tally))
+    if tally.not_ready:
+        raise SystemExit(EXIT_NOT_FIT)
+    if tally.spoilt or tally.done < cycles:
+        raise SystemExit(EXIT_INFRASTRUCTURE)
 
 
 @rig.command("release")

@@ -1,32 +1,27 @@
 """The ledger of campaigns: one SQLite file with every run, durable run by run.
 
 A run is entered when it begins and completed when it ends, each in a transaction that is synced, so
-whatever ends the harness leaves at most the runs under way incomplete; they are done again. The
-file's version stands in `user_version`; what is newer than this program is refused, as is what is
-no ledger. Several campaigns share a file: their trends are what it is kept for.
+whatever ends the harness leaves at most the runs under way incomplete; they are done again. Several
+campaigns share a file: their trends are what it is kept for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from attrs import asdict, field, frozen
 
 from framework.campaign.errors import LedgerError
 from framework.campaign.perform import Performed
 from framework.campaign.space import Cell
+from framework.disk.database import Database, Form
 
 LEDGER_VERSION: Final = 1
-APPLICATION_ID: Final = 0x42524F4C
-_BUSY_S: Final = 20.0
 
 _SCHEMA: Final = """
 CREATE TABLE campaign (
@@ -63,6 +58,9 @@ CREATE TABLE strike (
     "trigger" TEXT NOT NULL
 ) STRICT;
 """
+_FORM: Final = Form(
+    "ledger", "ledger of campaigns", 0x42524F4C, LEDGER_VERSION, _SCHEMA, LedgerError
+)
 
 
 @frozen
@@ -125,58 +123,19 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
-        self.path = path
         if not create and not path.is_file():
             raise LedgerError(f"ledger {path}: no such file")
-        with self._told():
-            if create:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-        try:
-            with self._told():
-                self._open()
-        except BaseException:
-            self._database.close()
-            raise
-
-    def _open(self) -> None:
-        execute = self._database.execute
-        version = int(execute("PRAGMA user_version").fetchone()[0])
-        application = int(execute("PRAGMA application_id").fetchone()[0])
-        tables = int(execute("SELECT count(*) FROM sqlite_schema").fetchone()[0])
-        if application != APPLICATION_ID and (tables or version):
-            raise LedgerError(f"ledger {self.path}: a database, but no ledger of campaigns")
-        if version > LEDGER_VERSION:
-            raise LedgerError(
-                f"ledger {self.path}: version {version}, this program knows up to "
-                f"{LEDGER_VERSION}: update it"
-            )
-        # A crash of the machine, too, loses no run that was told of.
-        execute("PRAGMA journal_mode = WAL")
-        execute("PRAGMA synchronous = FULL")
-        execute("PRAGMA foreign_keys = ON")
-        if tables == 0:
-            self._database.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; "
-                f"PRAGMA user_version = {LEDGER_VERSION}; COMMIT;"
-            )
-        elif execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise LedgerError(f"ledger {self.path}: damaged; move it away, or restore a copy")
+        self._database = Database(path, _FORM)
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> Self:
         """Nothing more to do."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close the file."""
         self.close()
 
@@ -184,11 +143,11 @@ class Ledger:
 
     def campaigns(self) -> list[Campaign]:
         """All campaigns, oldest first."""
-        with self._told():
-            rows = self._database.execute(
+        with self._database.told():
+            rows = self._database.rows(
                 "SELECT id, seed, plant, rigs, bound, program, cells, started, spent_s, ended "
                 "FROM campaign ORDER BY id"
-            ).fetchall()
+            )
             return [
                 Campaign(row[0], row[1], row[2], tuple(json.loads(row[3])), *row[4:])
                 for row in rows
@@ -205,61 +164,57 @@ class Ledger:
                 wanted.bound,
             ):
                 return campaign, False
-        with self._told():
-            self._database.execute(
-                "INSERT INTO campaign (seed, plant, rigs, bound, program, cells, started) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    wanted.seed,
-                    wanted.plant,
-                    json.dumps(wanted.rigs),
-                    wanted.bound,
-                    wanted.program,
-                    wanted.cells,
-                    wanted.started,
-                ),
-            )
+        self._database.execute(
+            "INSERT INTO campaign (seed, plant, rigs, bound, program, cells, started) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                wanted.seed,
+                wanted.plant,
+                json.dumps(wanted.rigs),
+                wanted.bound,
+                wanted.program,
+                wanted.cells,
+                wanted.started,
+            ),
+        )
         return self.campaigns()[-1], True
 
     def end_campaign(self, campaign: Campaign) -> None:
         """It is complete."""
-        with self._told():
-            self._database.execute(
-                "UPDATE campaign SET ended = ? WHERE id = ?", (utc_now(), campaign.number)
-            )
+        self._database.execute(
+            "UPDATE campaign SET ended = ? WHERE id = ?", (utc_now(), campaign.number)
+        )
 
     def spend(self, campaign: Campaign, seconds: float) -> None:
         """It ran for so many more seconds."""
-        with self._told():
-            self._database.execute(
-                "UPDATE campaign SET spent_s = spent_s + ? WHERE id = ?",
-                (seconds, campaign.number),
-            )
+        self._database.execute(
+            "UPDATE campaign SET spent_s = spent_s + ? WHERE id = ?",
+            (seconds, campaign.number),
+        )
 
     # -- runs --------------------------------------------------------------------------------
 
     def begin(self, campaign: Campaign, run: Run) -> int:
         """Enter a run that begins; its key."""
-        with self._told():
-            added = self._database.execute(
-                "INSERT INTO run (campaign, number, candidate, rig, purpose, worker, composition,"
-                " begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    campaign.number,
-                    run.index,
-                    run.candidate,
-                    run.rig,
-                    run.purpose,
-                    run.worker,
-                    run.composition,
-                    utc_now(),
-                ),
-            )
+        added = self._database.execute(
+            "INSERT INTO run (campaign, number, candidate, rig, purpose, worker, composition,"
+            " begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                campaign.number,
+                run.index,
+                run.candidate,
+                run.rig,
+                run.purpose,
+                run.worker,
+                run.composition,
+                utc_now(),
+            ),
+        )
         return int(added.lastrowid or 0)
 
     def end(self, key: int, outcome: Performed) -> None:
         """Complete a run, with the cells that it struck, in one transaction."""
-        with self._told(), self._transaction():
+        with self._database.transaction():
             self._database.execute(
                 "UPDATE run SET ended = ?, verdict = ?, outcome = ? WHERE id = ?",
                 (utc_now(), outcome.verdict, json.dumps(asdict(outcome)), key),
@@ -272,61 +227,29 @@ class Ledger:
     def forget_interrupted(self, campaign: Campaign) -> list[Run]:
         """Take out the runs that were begun and never ended; they are returned."""
         interrupted = [run for run in self.runs(campaign) if run.outcome is None]
-        with self._told():
-            self._database.execute(
-                "DELETE FROM run WHERE campaign = ? AND ended IS NULL", (campaign.number,)
-            )
+        self._database.execute(
+            "DELETE FROM run WHERE campaign = ? AND ended IS NULL", (campaign.number,)
+        )
         return interrupted
 
     def runs(self, campaign: Campaign) -> list[Run]:
         """The campaign's runs, in the order of their beginning."""
-        with self._told():
-            rows = self._database.execute(
+        with self._database.told():
+            rows = self._database.rows(
                 "SELECT id, number, candidate, rig, purpose, worker, composition, outcome "
                 "FROM run WHERE campaign = ? ORDER BY id",
                 (campaign.number,),
-            ).fetchall()
+            )
             return [_run(*row) for row in rows]
 
     def struck(self, campaign: Campaign) -> Counter[Cell]:
         """How often each cell was struck in a campaign."""
-        with self._told():
-            rows = self._database.execute(
-                'SELECT state, fault, "trigger", count(*) FROM strike JOIN run ON run.id = run '
-                "WHERE campaign = ? GROUP BY 1, 2, 3",
-                (campaign.number,),
-            ).fetchall()
+        rows = self._database.rows(
+            'SELECT state, fault, "trigger", count(*) FROM strike JOIN run ON run.id = run '
+            "WHERE campaign = ? GROUP BY 1, 2, 3",
+            (campaign.number,),
+        )
         return Counter({Cell(*row[:3]): int(row[3]) for row in rows})
-
-    # -- inside ------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what goes wrong into one line that names the file and says what to do."""
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            text = str(error)
-            if "full" in text:
-                text = "the disk is full; free some space, the same command goes on"
-            elif "not a database" in text or "malformed" in text:
-                text = f"damaged ({text}); move it away, or restore a copy"
-            raise LedgerError(f"ledger {self.path}: {text}") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise LedgerError(f"ledger {self.path}: damaged: {error!r:.120}") from error
-        except OSError as error:
-            raise LedgerError(f"ledger {self.path}: {error.strerror}") from error
 
 
 def _run(key: int, *row: Any) -> Run:

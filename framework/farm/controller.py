@@ -1,9 +1,10 @@
 """The controller's side of a farm run: pytest-xdist's scheduler, and who does what next.
 
 A worker is a process with one place (`worker`). It gets one scenario at a time. One that ended
-INFRASTRUCTURE is reported as tried again and goes to another place; its worker ends, and another is
-started, which takes a place anew. A worker that is killed is a rig's failure, too: its place is
-handed back, since its lease's process is seen to be dead.
+INFRASTRUCTURE is reported as tried again and goes to another place. A worker whose rig failed,
+whatever became of its scenario, says so in its report and ends; another is started, which takes a
+place anew. A worker that is killed is a rig's failure, too: its place is handed back, since its
+lease's process is seen to be dead.
 
 This uses three things of xdist that are not its public interface: `DSession._clone_node` (as xdist
 itself does for a worker that crashed), and in `worker` the channel and the event of its worker.
@@ -27,7 +28,7 @@ from framework.farm.queue import Queue, longest_first
 from framework.farm.tenure import free_dead
 from framework.farm.worker import EXIT_NO_PLACE, Orders, places_of
 from framework.report import ResultStore, ScenarioResult
-from framework.targets.errors import InfrastructureError
+from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.lease import LEASE_S
 from framework.targets.places import Places
 
@@ -36,6 +37,7 @@ __all__ = ["Controller", "Final", "Wish"]
 STRIKES = 3
 """After so many scenarios in a row that ended INFRASTRUCTURE a place is quarantined."""
 _DYING_S = 3.0
+_RIG = "INFRASTRUCTURE"
 
 
 @frozen
@@ -106,6 +108,7 @@ class _Try:
     infrastructure: str = ""
     assertion: bool = False
     skipped: bool = False
+    retiring: bool = False
     boots: list[tuple[float, bool]] = field(factory=list)
     cycles: int = 0
 
@@ -120,9 +123,6 @@ class Controller:
         self.retried = 0
         self.skipped: set[str] = set()
         self.collected: list[str] = []
-        self.workers_started = 0
-        self.overheads_s: list[float] = []
-        """From the end of a scenario to the order for the next one on the same worker."""
         self._places = places
         self._history = history
         self._store = ResultStore(wish.report / "results")
@@ -146,7 +146,6 @@ class Controller:
     @pytest.hookimpl
     def pytest_configure_node(self, node: Any) -> None:
         """Give a new worker its orders."""
-        self.workers_started += 1
         self._alive.add(node.gateway.id)
         wish = self.wish
         orders = Orders(
@@ -186,15 +185,18 @@ class Controller:
         sched, session = self._sched, self._session
         if sched is None or session.shuttingdown or session.shouldstop:
             return
-        status = getattr(node, "workeroutput", {}).get("exitstatus")
-        if status != EXIT_NO_PLACE and sched.has_work:
+        output = getattr(node, "workeroutput", {})
+        if output.get("exitstatus") == EXIT_NO_PLACE:
+            # Nobody may ever have had a place: then only this tells what was to be run.
+            self.collected = self.collected or output.get("farm_collected", [])
+            if not self._alive:
+                sched.abandon()
+        elif sched.has_work:
             session._clone_node(node)
-        elif not self._alive and sched.has_work:
-            sched.abandon("no healthy board is left for it")
 
     @property
     def nobody(self) -> bool:
-        """Whether no worker lives, nor is being started."""
+        """Whether every worker has ended and none is being started."""
         return not self._alive
 
     def _free_dead(self, worker: str) -> None:
@@ -242,9 +244,11 @@ class Controller:
             "place": running.place,
             "infrastructure": "its worker was killed",
             "assertion": False,
+            "retiring": False,
             "boots": [],
             "cycles": 0,
         }
+        running.retiring |= told["retiring"]
         running.place = told["place"] or running.place
         running.boots += [(seconds, ready) for seconds, ready in told["boots"]]
         running.cycles += told["cycles"]
@@ -253,18 +257,18 @@ class Controller:
             return
         if told["infrastructure"]:
             running.infrastructure = running.infrastructure or told["infrastructure"]
-        else:
+        elif not running.infrastructure:  # what goes wrong after the rig failed says nothing
             running.failed = running.failed or _first_line(report)
             running.assertion |= told["assertion"]
+        assert self._sched is not None
+        killed = report.when not in ("setup", "call", "teardown")
         if running.infrastructure and not running.failed:
-            assert self._sched is not None
-            killed = report.when not in ("setup", "call", "teardown")
             if self._sched.may_retry(report.nodeid):
                 report.outcome = "rerun"  # type: ignore[assignment]
             else:
                 report.when = "setup"  # an error, not a failure, for whoever reads JUnit
-            if killed:
-                self._sched.crashed(report.nodeid)
+        if killed:
+            self._sched.crashed(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
@@ -272,6 +276,11 @@ class Controller:
         if getattr(report, "outcome", "") == "rerun":
             return "tried again", "R", "INFRASTRUCTURE, tried again"
         return None
+
+    def retires(self, scenario: str) -> bool:
+        """Whether the worker that is running a scenario said that it ends after it."""
+        running = self._tries.get(scenario)
+        return running is not None and running.retiring
 
     def ended(self, scenario: str) -> bool:
         """A scenario's attempt ended; whether it ended INFRASTRUCTURE."""
@@ -284,31 +293,44 @@ class Controller:
         if attempt.failed:
             verdict, reason = broken, attempt.failed
         elif attempt.infrastructure:
-            verdict, reason = "INFRASTRUCTURE", attempt.infrastructure
+            verdict, reason = _RIG, attempt.infrastructure
         elif attempt.skipped:
             self.skipped.add(scenario)
             return False
-        self._history.add(
-            Attempt(
-                *(self.run, self.wish.board, attempt.place, scenario, verdict, reason, seconds),
-                attempt.cycles,
-                tuple(attempt.boots),
-            )
-        )
-        if verdict == "INFRASTRUCTURE":
+        self._remember(attempt, verdict, reason, seconds)
+        if attempt.infrastructure:  # also in the teardown of one that has failed by itself
             self._strikes[attempt.place] = self._strikes.get(attempt.place, 0) + 1
-            self._reasons[attempt.place] = reason
-            self._say(f"{attempt.place}: {scenario}: INFRASTRUCTURE: {reason}")
+            self._reasons[attempt.place] = attempt.infrastructure
+            self._say(f"{attempt.place}: {scenario}: {_RIG}: {attempt.infrastructure}")
         else:
             self._strikes[attempt.place] = 0
             self._fit.add(attempt.place)
         self._finish(scenario, verdict, reason, attempt.place, seconds)
-        return verdict == "INFRASTRUCTURE"
+        return verdict == _RIG
+
+    def _remember(self, attempt: _Try, verdict: str, reason: str, seconds: float) -> None:
+        """Enter an attempt into the history; a history that can't be written stops no run."""
+        try:
+            self._history.add(
+                Attempt(
+                    run=self.run,
+                    board=self.wish.board,
+                    place=attempt.place,
+                    scenario=attempt.scenario,
+                    verdict=verdict,
+                    reason=reason,
+                    seconds=seconds,
+                    cycles=attempt.cycles,
+                    boots=tuple(attempt.boots),
+                )
+            )
+        except RigError as error:
+            self._say(str(error))
 
     def give_up(self, scenario: str, reason: str) -> None:
         """Nobody is left to run a scenario; what an earlier attempt of it said stands."""
         if scenario not in self.finals and scenario not in self.skipped:
-            self._finish(scenario, "INFRASTRUCTURE", reason, "", 0.0)
+            self._finish(scenario, _RIG, reason, "", 0.0)
 
     def _finish(self, scenario: str, verdict: str, reason: str, place: str, seconds: float) -> None:
         """Keep how it ended, until an attempt that follows ends otherwise."""
@@ -318,6 +340,9 @@ class Controller:
         self.finals[scenario] = Final(scenario, verdict, reason, place, seconds, attempts)
         facts = {"place": place, "attempts": str(attempts), "run": self.run}
         told = self._store.find(scenario)
+        if told is not None and verdict != "PASS" and (told.verdict == "PASS" or verdict == _RIG):
+            # It was written before the teardown, which is part of an attempt.
+            told = evolve(told, verdict=verdict, error=reason)
         if told is None or told.facts.get("attempts"):  # none, or one that an earlier attempt left
             told = ScenarioResult(
                 scenario=scenario,
@@ -344,7 +369,7 @@ class Controller:
     def account_for_all(self) -> None:
         """What was collected and never ended was not run: that says nothing of the product."""
         for scenario in self.collected:
-            self.give_up(scenario, "it was not run")
+            self.give_up(scenario, "it was not run: nobody was left to run it")
 
     def results(self) -> Collection[ScenarioResult]:
         """The results of the run."""
@@ -382,7 +407,6 @@ class _Scheduling:
         self._collection: list[str] | None = None
         self._queue = Queue([], controller.wish.retries)
         self._places: dict[str, str] = {}
-        self._since: dict[Any, float] = {}
 
     # -- what xdist asks ------------------------------------------------------------------------
 
@@ -438,20 +462,15 @@ class _Scheduling:
                 self._places.update(self._controller.places())
             for node in idle:
                 self._send(node)
-        self._since.clear()
 
     def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
         """A worker has done its scenario."""
         del duration
-        self._since[node] = time.monotonic()
         self._running[node] = None
         assert self._collection is not None
-        scenario = self._collection[item_index]
-        place = self._controller.place_of(scenario)
-        if self._controller.ended(scenario):
-            # It ends by itself now, and another is started.
-            self._ready.remove(node)
-            self._queue.infrastructure(item_index, place)
+        if self._controller.retires(self._collection[item_index]):
+            self._ready.remove(node)  # it ends by itself now, and another is started
+        self._ended(item_index)
         self.schedule()
 
     def mark_test_pending(self, item: str) -> None:
@@ -482,17 +501,18 @@ class _Scheduling:
     def crashed(self, scenario: str) -> None:
         """The worker of a scenario was killed."""
         assert self._collection is not None
-        place = self._controller.place_of(scenario)
-        self._controller.ended(scenario)
-        self._queue.infrastructure(self._collection.index(scenario), place)
+        self._ended(self._collection.index(scenario))
         self.schedule()
 
-    def abandon(self, reason: str) -> None:
-        """Nobody will run what is left."""
-        assert self._collection is not None
-        for index in self._queue.pending:
-            self._controller.give_up(self._collection[index], reason)
+    def abandon(self) -> None:
+        """Nobody will run what is left; `Controller.account_for_all` says so of each."""
         self._queue.pending.clear()
+
+    def _ended(self, index: int) -> None:
+        assert self._collection is not None
+        place = self._controller.place_of(self._collection[index])
+        if self._controller.ended(self._collection[index]):
+            self._queue.infrastructure(index, place)
 
     def _send(self, node: Any) -> None:
         place = self._places.get(node.gateway.id, "")
@@ -503,7 +523,5 @@ class _Scheduling:
         assert self._collection is not None
         self._running[node] = index
         self._controller.began(self._collection[index], place)
-        if node in self._since:
-            self._controller.overheads_s.append(time.monotonic() - self._since.pop(node))
         with contextlib.suppress(OSError):  # it died just now; xdist will say so
             node.send_runtest_some([index])

@@ -1,30 +1,26 @@
 """What was seen of each board and scenario, run after run: one SQLite file.
 
-Every attempt is a row, written when it ended, in a transaction of its own; so are the boots. The
-file's version stands in `user_version`; what is newer than this program, or no such file, is
-refused. Statistics are computed from the rows when they are asked for, never kept.
+Every attempt is a row, written when it ended, with its boots in one transaction. Statistics are
+computed from the rows when they are asked for, never kept.
 """
 
 from __future__ import annotations
 
 import datetime
-import sqlite3
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from attrs import frozen
 
+from framework.disk.database import Database, Form
 from framework.report import BoardStatistics
 from framework.targets.errors import RigError
 
 __all__ = ["Attempt", "History", "percentile"]
 
 VERSION: Final = 1
-APPLICATION_ID: Final = 0x42524F46
-_BUSY_S: Final = 20.0
 _SCHEMA: Final = """
 CREATE TABLE attempt (
     id INTEGER PRIMARY KEY,
@@ -46,6 +42,7 @@ CREATE TABLE boot (
 ) STRICT;
 CREATE INDEX boot_of_attempt ON boot (attempt);
 """
+_FORM: Final = Form("history", "farm's history", 0x42524F46, VERSION, _SCHEMA, RigError)
 
 
 @frozen
@@ -81,131 +78,74 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 class History:
-    """The file; a context manager. RigError if it can't be used."""
+    """The file; a context manager. RigError, here and later, if it can't be used."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            with self._transaction():
-                self._prepare()
-        except (sqlite3.Error, OSError) as error:
-            raise RigError(f"{path}: can't be used as a farm's history: {error}") from error
-
-    def _prepare(self) -> None:
-        application = self._one("PRAGMA application_id")
-        version = self._one("PRAGMA user_version")
-        if application == 0 and not self._one("SELECT count(*) FROM sqlite_schema"):
-            for statement in _SCHEMA.split(";"):
-                self._database.execute(statement)
-            self._database.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            self._database.execute(f"PRAGMA user_version={VERSION}")
-        elif application != APPLICATION_ID or version > VERSION:
-            raise RigError(f"{self.path}: is no farm's history of this version")
-
-    def _one(self, query: str) -> int:
-        return int(self._database.execute(query).fetchone()[0])
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._database)
+        self._database = Database(path, _FORM)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._database.close()
 
     def add(self, attempt: Attempt) -> None:
         """Enter an attempt that has ended."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        try:
-            with self._transaction():
-                key = self._database.execute(
-                    "INSERT INTO attempt (run, board, place, scenario, verdict, reason, seconds, "
-                    "cycles, ended) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        *(attempt.run, attempt.board, attempt.place, attempt.scenario),
-                        *(attempt.verdict, attempt.reason, attempt.seconds, attempt.cycles, now),
-                    ),
-                ).lastrowid
-                self._database.executemany(
-                    "INSERT INTO boot (attempt, seconds, ready) VALUES (?, ?, ?)",
-                    [(key, seconds, int(ready)) for seconds, ready in attempt.boots],
-                )
-        except sqlite3.Error as error:
-            raise RigError(f"{self.path}: can't be written: {error}") from error
+        with self._database.transaction():
+            key = self._database.execute(
+                "INSERT INTO attempt (run, board, place, scenario, verdict, reason, seconds, "
+                "cycles, ended) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(attempt.run, attempt.board, attempt.place, attempt.scenario),
+                    *(attempt.verdict, attempt.reason, attempt.seconds, attempt.cycles, now),
+                ),
+            ).lastrowid
+            self._database.executemany(
+                "INSERT INTO boot (attempt, seconds, ready) VALUES (?, ?, ?)",
+                [(key, seconds, int(ready)) for seconds, ready in attempt.boots],
+            )
 
     def seconds(self, board: str) -> dict[str, float]:
         """How long each scenario took on such boards, where it passed: the median."""
         taken: dict[str, list[float]] = {}
-        for scenario, seconds in self._rows(
+        for scenario, seconds in self._database.rows(
             "SELECT scenario, seconds FROM attempt WHERE verdict = 'PASS' AND board = ?", (board,)
         ):
-            taken.setdefault(str(scenario), []).append(float(str(seconds)))
+            taken.setdefault(scenario, []).append(seconds)
         return {scenario: statistics.median(all_) for scenario, all_ in taken.items()}
 
     def boards(self, run: str = "") -> list[BoardStatistics]:
         """What was seen of each place (in one `run`, if it is named), by name."""
         given = (run, run)
         boots: dict[str, list[tuple[float, bool]]] = {}
-        for place, seconds, ready in self._rows(
+        for place, seconds, ready in self._database.rows(
             "SELECT place, boot.seconds, ready FROM boot JOIN attempt ON attempt.id = boot.attempt "
             "WHERE place != '' AND (? = '' OR run = ?)",
             given,
         ):
-            boots.setdefault(str(place), []).append((float(str(seconds)), bool(ready)))
+            boots.setdefault(place, []).append((seconds, bool(ready)))
         found = []
-        for place, attempts, failures, infrastructure, cycles, last in self._rows(
+        for place, attempts, failures, infrastructure, cycles, last in self._database.rows(
             "SELECT place, count(*), sum(verdict IN ('FAILED', 'BROKEN')), "
             "sum(verdict = 'INFRASTRUCTURE'), sum(cycles), max(ended) FROM attempt "
             "WHERE place != '' AND (? = '' OR run = ?) GROUP BY place ORDER BY place",
             given,
         ):
-            seen = boots.get(str(place), [])
+            seen = boots.get(place, [])
             good = [seconds for seconds, ready in seen if ready]
             found.append(
                 BoardStatistics(
-                    place=str(place),
-                    attempts=int(str(attempts)),
-                    failures=int(str(failures)),
-                    infrastructure=int(str(infrastructure)),
-                    cycles=int(str(cycles)),
+                    place=place,
+                    attempts=attempts,
+                    failures=failures,
+                    infrastructure=infrastructure,
+                    cycles=cycles,
                     boots=len(good),
                     boot_median_s=statistics.median(good) if good else None,
                     boot_p95_s=percentile(good, 0.95) if good else None,
                     unready=len(seen) - len(good),
-                    last=str(last),
+                    last=last,
                 )
             )
         return found
-
-    def _rows(self, query: str, given: Iterable[object] = ()) -> list[tuple[object, ...]]:
-        try:
-            return self._database.execute(query, tuple(given)).fetchall()
-        except sqlite3.Error as error:
-            raise RigError(f"{self.path}: can't be read: {error}") from error
-
-
-class _Transaction:
-    """BEGIN IMMEDIATE, and COMMIT or ROLLBACK."""
-
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-
-    def __enter__(self) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")

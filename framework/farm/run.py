@@ -123,7 +123,7 @@ def _arguments(wish: Wish, workers: int) -> list[str]:
 
 
 def _sweep(places: Places, run: str) -> list[str]:
-    """Hand back whatever the run still holds; the names of what could not be."""
+    """Hand back whatever the run still holds; the names of what could not be, as far as known."""
     deadline = time.monotonic() + _SWEEP_S
     held: dict[str, Lease] = {}
     away = False
@@ -147,6 +147,8 @@ def _sweep(places: Places, run: str) -> list[str]:
                 say(f"{error}; waiting, to hand places back".removeprefix("INFRASTRUCTURE: "))
             away = True
         if time.monotonic() > deadline:
+            if away and not held:
+                say("places may still be held; `brownout farm free` hands them back, later")
             return sorted(held)
         time.sleep(_AGAIN_S)
 

@@ -70,10 +70,11 @@ class Tenure:
         while not unwanted() and time.monotonic() < deadline:
             try:
                 if self._try(tags, deadline, unwanted):
+                    self._places.leave()
                     self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
                     self._beating.start()
                     return True
-            except InfrastructureError:
+            except (InfrastructureError, RigError):  # away, or the place is no more
                 time.sleep(_AWAY_S)
         return False
 
@@ -94,7 +95,7 @@ class Tenure:
             if reserved.place and self._take(reserved.place):
                 self.place = reserved.place
                 return True
-        except InfrastructureError:
+        except (InfrastructureError, RigError):
             with contextlib.suppress(InfrastructureError):
                 self._places.cancel(self.token)
             raise
@@ -146,6 +147,7 @@ class Tenure:
         self._places.set_tags(self.place, self._lease.tags)
         if not found.acquired:
             self._places.acquire(self.place)
+            self._places.leave()
 
     def quarantine(self, reason: str) -> None:
         """Mark the place as sick, for everybody."""
@@ -157,8 +159,12 @@ class Tenure:
         if self._beating is not None:
             self._beating.join()
         if self.place:
-            hand_back(self._places, self._places.find(self.place), self._lease)
+            cancelled = ""
+            with contextlib.suppress(RigError):  # the place is no more
+                cancelled = hand_back(self._places, self._places.find(self.place), self._lease)
             self.place = ""
+            if cancelled == self.token:
+                return
         self._places.cancel(self.token)
 
 
@@ -174,16 +180,21 @@ class Freed:
         return f"{self.place}: held by {self.lease}: {self.reason}; freed"
 
 
-def hand_back(places: Places, place: Place, lease: Lease) -> None:
-    """Release a place that a lease holds; nothing of it is left. Others' are left alone."""
+def hand_back(places: Places, place: Place, lease: Lease) -> str:
+    """Release a place that a lease holds; nothing of it is left. Others' are left alone.
+
+    The reservation that was cancelled; empty: none.
+    """
     if not lease.same_holder(Lease.of(place.tags)):
-        return
+        return ""
     locked = place.acquired == lease.owner
     if locked:
         places.free(place.name, lease.owner)
     places.set_tags(place.name, CLEARED)
-    if locked and place.reservation:  # of a place that nobody locked it may be somebody else's
-        places.cancel(place.reservation)
+    if not locked or not place.reservation:  # where nobody locked it may be somebody else's
+        return ""
+    places.cancel(place.reservation)
+    return place.reservation
 
 
 def free_dead(

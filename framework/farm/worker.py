@@ -29,31 +29,20 @@ from typing import Any
 
 import pytest
 from attrs import frozen
-from labgrid.exceptions import NoResourceFoundError, NoSupplierFoundError
-from labgrid.remote.client import Error as LabgridRemoteError
 
-from framework.console import ConsoleLost
 from framework.farm.tenure import Tenure
+from framework.targets.blame import infrastructure_in
 from framework.targets.errors import InfrastructureError
 from framework.targets.lease import Lease, death_of
 from framework.targets.places import HEALTHY, Place, Places
 from framework.targets.strategy import SlotStrategy
 
-__all__ = ["EXIT_NO_PLACE", "Orders", "infrastructure_in"]
+__all__ = ["EXIT_NO_PLACE", "Orders"]
 
 EXIT_NO_PLACE = 90
 """Exit status of a worker that got no place, which is no failure."""
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 2.0
-_LINE_GONE = ("the line ended", "cannot send")
-# The last three: labgrid finds no resource of a place whose exporter is away, or no lock on it.
-_OF_THE_RIG = (
-    InfrastructureError,
-    ConnectionError,
-    NoResourceFoundError,
-    NoSupplierFoundError,
-    LabgridRemoteError,
-)
 
 
 @frozen
@@ -87,24 +76,6 @@ class Orders:
     finished: str
 
 
-def infrastructure_in(error: BaseException) -> str:
-    """What a failure says of the rig; empty if the rig did nothing that is known.
-
-    What the product did wrong (an assertion) stays that, whatever it came from; so do a panic,
-    a restart and a command that did not end. A line that ended under us is the rig's.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, AssertionError):
-            return ""
-        gone = isinstance(seen, ConsoleLost) and any(why in seen.reason for why in _LINE_GONE)
-        if gone or isinstance(seen, _OF_THE_RIG):
-            first = (str(seen).splitlines() or [""])[0].partition("; last output: ")[0]
-            return first.removeprefix("INFRASTRUCTURE: ") or type(seen).__name__
-        seen = seen.__cause__ or seen.__context__
-    return ""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Become a worker of a farm run, in a process that was told so."""
     told = getattr(config, "workerinput", {}).get("farm")
@@ -133,6 +104,9 @@ class _Worker:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Take a place before the controller is told that we are ready."""
         if session.items and not self._settle():
+            self.config.workeroutput["farm_collected"] = [  # type: ignore[attr-defined]
+                item.nodeid for item in session.items
+            ]
             pytest.exit("there is no place for this worker", returncode=EXIT_NO_PLACE)
 
     def _settle(self) -> bool:
@@ -283,6 +257,7 @@ class _Worker:
             "place": self.tenure.place,
             "infrastructure": reason,
             "assertion": assertion,
+            "retiring": self.retiring,
             "boots": [list(boot) for boot in self.boots],
             "cycles": self.cycles,
         }

@@ -5,8 +5,10 @@ comment, so that every user of the coordinator sees it; a reservation that asks 
 passes it by. It is released by a check that passes, or by a person (`brownout rig release`).
 
 The calls are those of labgrid-client (labgrid/remote/proto/labgrid-coordinator.proto), which takes
-a second to start and can't be asked many times. The coordinator knows who asks by the connection:
-the stream that announces a client has to stay open while it reserves and locks.
+a second to start and can't be asked many times. To reserve and to lock, a client has to be
+announced by a stream on the same connection. The coordinator sends every change of any place to
+every client that is, so on a farm each of a hundred workers would cost all the others something: we
+are announced for these two calls only (`leave`), and ask everything else unannounced.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -100,7 +101,7 @@ def me() -> str:
 
 
 class _Connection:
-    """One connection, announced to the coordinator, until `close`."""
+    """One connection, until `close`; `announce` makes us known to the coordinator on it."""
 
     def __init__(self, address: str) -> None:
         self.channel = grpc.insecure_channel(
@@ -119,7 +120,7 @@ class _Connection:
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stream: Any = None
 
-    def open(self) -> None:
+    def announce(self) -> None:
         """Announce ourselves, and wait until the coordinator knows us. grpc.RpcError."""
         startup = messages.ClientInMessage()
         startup.startup.version = labgrid_version()
@@ -163,24 +164,31 @@ class Places:
 
     def __init__(self, coordinator: str = "") -> None:
         self.coordinator = coordinator or coordinator_address()
-        self._connection: _Connection | None = None
+        self._silent: _Connection | None = None
+        self._announced: _Connection | None = None
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Hang up; reservations and locks stay. Idempotent."""
+        self.leave()
         with self._lock:
-            connection, self._connection = self._connection, None
+            connection, self._silent = self._silent, None
+        if connection is not None:
+            connection.close()
+
+    def leave(self) -> None:
+        """Be announced no longer, until the next reservation or lock. Idempotent.
+
+        Whoever holds what it wanted should: see the module text.
+        """
+        with self._lock:
+            connection, self._announced = self._announced, None
         if connection is not None:
             connection.close()
 
@@ -207,7 +215,9 @@ class Places:
         main = messages.Reservation.Filter(filter=dict(tags))
         wanted = messages.CreateReservationRequest(filters={"main": main}, prio=0.0)
         return _reserved(
-            self._ask(lambda stub, s: stub.CreateReservation(wanted, timeout=s)).reservation
+            self._ask(
+                lambda stub, s: stub.CreateReservation(wanted, timeout=s), announced=True
+            ).reservation
         )
 
     def poll(self, token: str) -> Reserved:
@@ -255,7 +265,7 @@ class Places:
     def acquire(self, name: str) -> None:
         """Acquire a place, which nobody has and nobody else has reserved."""
         wanted = messages.AcquirePlaceRequest(placename=name)
-        self._ask(lambda stub, s: stub.AcquirePlace(wanted, timeout=s))
+        self._ask(lambda stub, s: stub.AcquirePlace(wanted, timeout=s), announced=True)
 
     def free(self, name: str, owner: str = "") -> None:
         """Release a place; with `owner`, only if it is theirs. Nothing happens if it is free."""
@@ -292,9 +302,10 @@ class Places:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _ask(self, call: Callable[[Any, float], Any]) -> Any:
+    def _ask(self, call: Callable[[Any, float], Any], *, announced: bool = False) -> Any:
         try:
-            return call(self._open().stub, _ANSWER_S)
+            connection = self._introduced() if announced else self._connected()
+            return call(connection.stub, _ANSWER_S)
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
             said = " ".join(str(error.details() if isinstance(error, grpc.Call) else error).split())
@@ -308,20 +319,26 @@ class Places:
         except ValueError as error:  # closed by another thread meanwhile
             raise InfrastructureError(f"the connection to {self.coordinator} is closed") from error
 
-    def _open(self) -> _Connection:
+    def _connected(self) -> _Connection:
         with self._lock:
-            if self._connection is not None and self._connection.broken:
-                self._connection.close()
-                self._connection = None
-            if self._connection is None:
+            if self._silent is None:
+                self._silent = _Connection(self.coordinator)
+            return self._silent
+
+    def _introduced(self) -> _Connection:
+        with self._lock:
+            if self._announced is not None and self._announced.broken:
+                self._announced.close()
+                self._announced = None
+            if self._announced is None:
                 connection = _Connection(self.coordinator)
                 try:
-                    connection.open()
+                    connection.announce()
                 except grpc.RpcError:
                     connection.close()
                     raise
-                self._connection = connection
-            return self._connection
+                self._announced = connection
+            return self._announced
 
 
 class RefusedError(InfrastructureError):

@@ -22,6 +22,7 @@ from framework.targets.errors import InfrastructureError, RigError
 from framework.targets.machine import refuse_unknown
 
 __all__ = [
+    "board_recipe",
     "check_entry",
     "check_keys",
     "check_rig",
@@ -150,6 +151,15 @@ def remote_place(environment: labgrid.Environment, role: str = "main") -> str:
     for _, name, arguments in _entries("", target.get("resources")):
         if name == "RemotePlace":
             return str(arguments.get("name", "+"))
+    return ""
+
+
+def board_recipe(environment: labgrid.Environment, role: str = "main") -> str:
+    """The recipe whose images a target's switched board runs; empty if it has none."""
+    target = environment.config.data["targets"].get(role, {})
+    for _, name, arguments in _entries("", target.get("drivers")):
+        if name == "SwitchedBoardDriver":
+            return str(arguments.get("recipe", ""))
     return ""
 
 

@@ -190,6 +190,7 @@ imports: [framework.console.driver, framework.targets.switched, framework.target
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SCENARIOS = "tests/bench/little_scenarios.py"
+FAILING = "tests/bench/failing_scenarios.py"
 
 
 class FarmDesk:
@@ -305,16 +306,17 @@ class FarmDesk:
             "PYTEST_ADDOPTS": "-p no:schemathesis -p no:hypothesispytest",
         }
 
-    def command(self, *options: str) -> list[str]:
+    def command(self, *options: str, scenarios: str = SCENARIOS) -> list[str]:
         return [
-            *(str(BIN / "brownout"), "farm", "run", SCENARIOS, "--tags", "board=little"),
+            *(str(BIN / "brownout"), "farm", "run", scenarios, "--tags", "board=little"),
             *("--lg-env", str(self.rig), "--report", str(self.folder / "report")),
             *("--history", str(self.history), *options),
         ]
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
+    def start(self, *options: str, scenarios: str = SCENARIOS) -> subprocess.Popen[str]:
+        command = self.command(*options, scenarios=scenarios)
         return subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", *self.command(*options)],
+            ["setpriv", "--pdeathsig", "KILL", "--", *command],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -323,8 +325,10 @@ class FarmDesk:
             start_new_session=True,
         )
 
-    def run(self, *options: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-        process = self.start(*options)
+    def run(
+        self, *options: str, timeout_s: float = 400, scenarios: str = SCENARIOS
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.start(*options, scenarios=scenarios)
         try:
             told, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bench_desk import FarmDesk
+from bench_desk import FAILING, FarmDesk
 
 from framework.targets.rundir import start_time
 
@@ -89,6 +89,98 @@ def test_a_rig_that_fails_is_no_failure_of_the_product(
     assert not farm.held()
 
 
+def coordinator_forgets(farm: FarmDesk) -> None:
+    farm.restart_coordinator()
+
+
+def coordinator_is_away(farm: FarmDesk) -> None:
+    farm.kill("labgrid-coordinator")
+
+
+@pytest.mark.parametrize(
+    ("strike", "said"),
+    [
+        # labgrid says so with `pytest.exit`, which is to end pytest as a whole.
+        (coordinator_forgets, "INFRASTRUCTURE: Error: reservation token "),
+        night(coordinator_is_away, "INFRASTRUCTURE: Error: Could not connect to coordinator"),
+    ],
+)
+def test_a_place_that_is_gone_before_its_first_use_is_no_failure_of_the_product(
+    farm_desk: Farm, strike: Callable[[FarmDesk], None], said: str
+) -> None:
+    farm = farm_desk("")
+    run = farm.start("--skip-check", "-k", "late", scenarios=FAILING)
+    try:
+        at = farm.mark()
+        strike(farm)
+        (farm.folder / "go").touch()
+        if strike is coordinator_is_away:
+            await_end(at["pid"])
+            farm.start_coordinator()
+            farm.kill("labgrid-exporter")
+            farm.start_exporter()
+        told, _ = run.communicate(timeout=400)
+    finally:
+        end(run)
+    assert run.returncode == 0, told
+    assert farm.verdicts() == {"test_the_place_is_used_late": "PASS"}, told
+    assert said in told
+    assert "FAILED" not in told
+    assert not farm.held()
+
+
+@pytest.mark.night
+def test_a_coordinator_that_stays_away_is_no_failure_and_its_place_is_freed_later(
+    farm_desk: Farm,
+) -> None:
+    farm = farm_desk("")
+    run = farm.start("--skip-check", "-k", "late", "--wait", "5", scenarios=FAILING)
+    try:
+        farm.mark()
+        kept = farm.folder / "coordinator" / "places.yaml"
+        deadline = time.monotonic() + 60
+        while "lease_" not in kept.read_text():  # the coordinator writes it every 15 s
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        farm.kill("labgrid-coordinator")
+        (farm.folder / "go").touch()
+        told, _ = run.communicate(timeout=400)
+    finally:
+        end(run)
+    assert run.returncode == 4, told
+    assert farm.verdicts() == {"test_the_place_is_used_late": "INFRASTRUCTURE"}
+    assert "places may still be held" in told
+    farm.start_coordinator()
+    assert {place.name for place in farm.held()} == {"little1"}
+    assert "little1: held by " in farm.farm("free").stdout
+    assert not farm.held()
+
+
+def test_a_rig_that_fails_after_the_product_did_ends_the_worker_and_not_the_run(
+    farm_desk: Farm,
+) -> None:
+    farm = farm_desk("")
+    ended = farm.run("--skip-check", "-k", "product or something", scenarios=FAILING)
+    assert ended.returncode == 1, ended.stdout
+    assert farm.verdicts() == {
+        "test_the_product_fails_and_then_the_rig": "FAILED",
+        "test_something_else": "PASS",
+    }
+    assert "INTERNALERROR" not in ended.stdout
+    assert "INFRASTRUCTURE: the rig failed in the teardown" in ended.stdout
+    assert not farm.held()
+
+
+def test_what_goes_wrong_after_the_rig_failed_is_not_the_products(farm_desk: Farm) -> None:
+    farm = farm_desk("")
+    ended = farm.run("--skip-check", "-k", "all_else", scenarios=FAILING)
+    assert ended.returncode == 0, ended.stdout
+    assert farm.verdicts() == {"test_the_rig_fails_and_then_all_else": "PASS"}
+    assert "INFRASTRUCTURE: the rig failed" in ended.stdout
+    assert "1 tried again" in ended.stdout
+    assert not farm.held()
+
+
 @pytest.mark.night
 def test_where_no_board_is_left_the_queue_ends_and_says_so(farm_desk: Farm) -> None:
     farm = farm_desk("")
@@ -146,9 +238,7 @@ def test_what_a_killed_run_held_is_freed_and_its_workers_are_gone(farm_desk: Far
     assert len(held) == 2
     run.kill()
     run.wait()
-    deadline = time.monotonic() + 10
-    while start_time(at["pid"]) is not None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    await_end(at["pid"])
     assert {place.name for place in farm.held()} == held
     told = farm.farm("free").stdout.splitlines()
     assert {line.partition(":")[0] for line in told} == held
@@ -169,6 +259,13 @@ def test_the_next_run_frees_what_a_killed_one_held(farm_desk: Farm) -> None:
     assert ended.returncode == 0, ended.stdout
     assert "farm: little1: held by " in ended.stdout
     assert not farm.held()
+
+
+def await_end(pid: int) -> None:
+    deadline = time.monotonic() + 120
+    while start_time(pid) is not None:
+        assert time.monotonic() < deadline, f"process {pid} lives"
+        time.sleep(0.02)
 
 
 def end(run: subprocess.Popen[str]) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from framework.console import ConsoleDeath, ConsoleLost, ConsoleTimeout
 from framework.farm.history import Attempt, History, percentile
 from framework.farm.queue import Queue, longest_first
-from framework.farm.worker import infrastructure_in
 from framework.report import ResultStore, write_report
+from framework.targets.blame import infrastructure_in
 from framework.targets.errors import InfrastructureError, RigError
 
 

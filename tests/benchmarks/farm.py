@@ -7,6 +7,7 @@ for a board. Each worker does what a farm run's worker does (`framework.farm.ten
 lease, lock; hold the place as a scenario would; unlock, clear the lease, cancel. What is timed is
 all but the holding, a run's scheduling overhead. First all ask at once, then each when it comes
 back. Processes of a few workers each, so that this program's own lock is not what is measured.
+Those times are the machine's, too; the coordinator's processor time a run hardly depends on it.
 
 The baseline is the same on a farm of four places with four workers, in the same run. With it the
 decision which scenario comes next (`framework.farm.queue`), for as many places.
@@ -46,8 +47,8 @@ SMALL = 4
 
 
 @contextlib.contextmanager
-def farm(places: int) -> Iterator[str]:
-    """A coordinator with so many places, and their exporter; its address."""
+def farm(places: int) -> Iterator[tuple[str, int]]:
+    """A coordinator with so many places, and their exporter; its address and its process."""
     with tempfile.TemporaryDirectory(prefix="brownout-farm-") as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -59,7 +60,7 @@ def farm(places: int) -> Iterator[str]:
         resource = {"NetworkPowerPort": {"model": "rest", "host": "http://127.0.0.1:9", "index": 0}}
         (home / "exporter.yaml").write_text(yaml.safe_dump(dict.fromkeys(names, resource)))
         with (
-            daemon(home, "labgrid-coordinator", "-l", address),
+            daemon(home, "labgrid-coordinator", "-l", address) as coordinator,
             daemon(
                 *(home, "labgrid-exporter", "-c", address, "--name", "rack"),
                 *("--hostname", "127.0.0.1", "exporter.yaml"),
@@ -72,7 +73,13 @@ def farm(places: int) -> Iterator[str]:
                 time.sleep(0.1)
             with Places(address) as told:
                 assert len(told.all()) == places
-            yield address
+            yield address, coordinator.pid
+
+
+def processor_s(pid: int) -> float:
+    """The processor time that a process has taken (proc(5), stat, utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def place(name: str, now: float) -> dict[str, Any]:
@@ -142,9 +149,13 @@ def some_workers(  # noqa: PLR0917 - submitted by position
 
 def measure(
     places: int, workers: int, rounds: int, hold_s: float
-) -> tuple[list[float], list[float]]:
-    """Overheads of those who ask at once, and of those who ask as they come back."""
-    with farm(places) as address:
+) -> tuple[list[float], list[float], float]:
+    """Overheads of those who ask at once, and of those who ask as they come back.
+
+    And the coordinator's processor time for each.
+    """
+    with farm(places) as (address, coordinator):
+        before_s = processor_s(coordinator)
         counts = [min(A_PROCESS, workers - n) for n in range(0, workers, A_PROCESS)]
         with ProcessPoolExecutor(len(counts), mp_context=get_context("spawn")) as pool:
             # Imported and connected before it begins.
@@ -154,11 +165,13 @@ def measure(
                 for n, count in enumerate(counts)
             ]
             found = [each for job in jobs for each in job.result()]
+        taken_s = (processor_s(coordinator) - before_s) / len(found)
         with Places(address) as told:
             left = [p.name for p in told.all() if p.acquired or p.reservation or len(p.tags) > 2]
     if left:
         raise SystemExit(f"not handed back: {left}")
-    return [s for number, s in found if not number], [s for number, s in found if number]
+    at_once = [s for number, s in found if not number]
+    return at_once, [s for number, s in found if number], taken_s
 
 
 def decisions(places: int, scenarios: int) -> list[float]:
@@ -199,6 +212,10 @@ def main() -> None:
     print(f"  {of}, as they come back{'':6} {told(large[1])}")
     ratio = statistics.median(large[1]) / statistics.median(small[1])
     print(f"ratio of the medians, as they come back: {ratio:.2f}")
+    print(
+        f"the coordinator's processor time a run, ms: {1000 * small[2]:.0f} and "
+        f"{1000 * large[2]:.0f}, ratio {large[2] / small[2]:.2f}"
+    )
     chosen = decisions(asked.workers, 5000)
     print(f"what comes next, of 5,000 for {asked.workers} places, us:{'':6} {told(chosen, 1e6)}")
 
