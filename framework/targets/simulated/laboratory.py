@@ -46,9 +46,9 @@ IMAGES = ("v1", "v2", "v3")
 class Laboratory:
     """Makes devices.
 
-    Where bugs are planted: `client` makes another client, `quirks` are U-Boot's, `grub` is GRUB's
-    boot script instead of the shipped one, and `grub_client` makes the client's part of GRUB's
-    environment from the shipped module.
+    Where bugs are planted: `client` makes another client, `quirks` are U-Boot's and, under GRUB,
+    init's, `grub` is GRUB's boot script instead of the shipped one, and `grub_client` makes the
+    client's part of GRUB's environment from the shipped module.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Laboratory:
 
     def _copies(self, drive: Disk, bootloader: str) -> Copies:
         if bootloader == "grub":
-            return GrubCopies(drive, self._grub, self._grub_client)
+            return GrubCopies(drive, self._grub, self._grub_client, self._quirks)
         return UbootCopies(drive, ENVIRONMENT, self._quirks)
 
     def _provision(self, bootloader: str, slot: str) -> bytes:
