@@ -112,7 +112,10 @@ class Facts:
         struck: whether any fault has struck, so that an interruption is none of the client's
             invention.
         damaged: whether the drive has failed a request or changed what it was given.
+        refused: whether the boot environment may have refused or changed a write by that.
         done: whether a state script has been done.
+        forgotten: whether the state scripts of an update are left, of which the store has neither
+            record nor outcome.
         module: what the update module of the package that is being installed was told to do:
             "reboot", "reverts", "fails", and "healthy" (Yes, No); None where there is none.
     """
@@ -121,7 +124,9 @@ class Facts:
     next: Callable[[], tuple[str, bool]]
     struck: Callable[[], bool]
     damaged: Callable[[], bool]
+    refused: Callable[[], bool]
     done: Callable[[str], bool]
+    forgotten: Callable[[], bool]
     module: Callable[[], Mapping[str, str] | None]
 
 
@@ -130,7 +135,8 @@ class Contract:
 
     `tell` gets an event for each promise that was broken.
     `scripted`: the artifact has state scripts, which end at their first try; `slots`: its payload
-    is an image, so that what it says of slots is about slots.
+    is an image, so that what it says of slots is about slots; `initial`: the artifact that is
+    committed at the beginning.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class Contract:
         *,
         scripted: bool,
         slots: bool,
+        initial: str,
     ) -> None:
         self._tell = tell
         self._facts = facts
@@ -156,7 +163,7 @@ class Contract:
         self._open_call = ""
         self._migrating = False
         self._recorded = ""
-        self._committed = ""
+        self._committed = initial
         self._unsure = False
 
     def begin(self, verb: str) -> None:
@@ -200,6 +207,14 @@ class Contract:
             self._broken("rollback ended well, and the update was committed")
         if self._slots and not self._facts.damaged():
             self._restart_is_due(exit_code)
+        if self._verb in ("resume", AT_BOOT) and exit_code != 4 and self._facts.forgotten():
+            self._broken(
+                "state scripts of an update without a record are left, and it says nothing"
+            )
+        if self._verb == AT_BOOT and exit_code != 4 and self._slots and not self._facts.refused():
+            named, trial = self._facts.next()
+            if trial and named == self._facts.running():
+                self._broken(f"slot {named} is on trial, and stays so once the device is started")
 
     def _restart_is_due(self, exit_code: int) -> None:
         named, trial = self._facts.next()
@@ -400,8 +415,8 @@ class Contract:
             slot = next(filter(None, match.groups()), "")
             if bool(slot) != self._slots:
                 self._broken(f"says {line!r}, of {'an image' if self._slots else 'a package'}")
-            if " waits" in line and self._verb == AT_BOOT:
-                self._broken(f"says {line!r}, and has just been restarted")
+            if " waits" in line:
+                self._waits(line)
         if not self._slots or self._facts.damaged():
             return
         named, trial = self._facts.next()
@@ -416,6 +431,19 @@ class Contract:
             says = match[1].removeprefix("slot ") if match[1] != "no s" else ""
             if (match[2], says) != (running, named) or says == running:
                 self._broken(f"says {line!r}, and slot {named} is started next")
+
+    def _waits(self, line: str) -> None:
+        """It says that an update waits for its restart: is that what it was doing?"""
+        last = self._states[-1] if self._states else "Idle"
+        migrating = self._migrating and last == "ArtifactInstall"
+        if self._verb == AT_BOOT:
+            self._broken(f"says {line!r}, and has just been restarted")
+        elif self._facts.damaged():
+            return
+        elif last not in ("ArtifactInstall", "ArtifactReboot"):
+            self._broken(f"says {line!r}, and was in {last}")
+        elif migrating and not self._facts.done(MIGRATES):
+            self._broken(f"says {line!r}, and {MIGRATES} was interrupted")
 
     def _interrupted_in(self, line: str) -> None:
         match = _INTERRUPTED.search(line)
@@ -449,7 +477,7 @@ class Contract:
         if not recorded.updating or self._facts.damaged() or self._unsure or self._slots:
             return
         name = running.removeprefix("running: ").partition(" (slot ")[0]
-        if name != (self._recorded or self._committed or name):
+        if name != (self._recorded or self._committed):
             self._broken(f"says {running!r}, and the package is not committed")
 
     def inconsistent(self, name: str) -> None:

@@ -35,12 +35,13 @@ from framework.targets.simulated.device import (
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
-from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, Laboratory
+from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, STRAY, Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
     CommitReached,
     Committed,
+    ContractChecked,
     DataChecked,
     DiskSeen,
     Event,
@@ -125,7 +126,8 @@ class Schedule:
         faults: in no particular order.
         behaviour: of the new image: well, panics, hangs, unhealthy.
         actions: what the operator does after the first start: "stage" (install), "restart",
-            "install" (both, the second if the first went well), "rollback", "commit", "resume".
+            "install" (both, the second if the first went well), "rollback", "commit", "resume",
+            "stray" (on a device without update modules, to install what needs one).
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
@@ -295,7 +297,7 @@ class _Plan:
     def __init__(
         self,
         faults: tuple[Fault, ...],
-        strike: Callable[[Fault], None],
+        strike: Callable[[Fault, str], None],
         alive: Callable[[], bool],
         *,
         grub: bool,
@@ -315,7 +317,8 @@ class _Plan:
             return ""  # GRUB's blocks have no checksum: nobody could see it
         if fault.kind == "kill" and not self._alive():
             return ""  # the boot loader, init or an orderly restart wrote: there is no process
-        self._strike(fault)
+        # A flush is everyone's.
+        self._strike(fault, area_of(step.offset) if step.length else "")
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
         if fault.kind == "cut":
@@ -343,7 +346,7 @@ class _TracingPlan(_Plan):
     def __init__(
         self,
         faults: tuple[Fault, ...],
-        strike: Callable[[Fault], None],
+        strike: Callable[[Fault, str], None],
         alive: Callable[[], bool],
         see: Callable[[Step], None],
         *,
@@ -476,15 +479,19 @@ class Life:
                 next=self._next,
                 struck=lambda: bool(self._struck),
                 damaged=lambda: self._damaged,
+                refused=lambda: self._refused,
                 done=self._script_done,
+                forgotten=self._device.forgotten,
                 module=self._module_told,
             ),
             scripted=bool(schedule.scripts) and not schedule.scripts.startswith("later"),
             slots=not schedule.module,
+            initial="v1",
         )
         self._device.begins = self._contract.begin
         self._device.ends = self._contract.end
         self._device.module_called = self._contract.called
+        self._environment = self._drive.peek(0, SLOT_OFFSETS["a"])
         self._ignored = _Ignored()
         self._restarted_untold = False
         self._commits: list[bool] = []
@@ -492,6 +499,7 @@ class Life:
         self._state = "Idle"
         self._struck: list[Strike] = []
         self._damaged = False
+        self._refused = False
         self._went_well = True
         self._installing = "v2"
         self._running = ""
@@ -513,6 +521,8 @@ class Life:
             self._update("v2", restart=action == "install")
         elif action == "restart":
             self._start(self._device.restart)
+        elif action == "stray":
+            self._command("install", STRAY)
         else:
             self._command(action)
 
@@ -528,6 +538,10 @@ class Life:
         exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
+        if self._schedule.module and self._drive.peek(0, SLOT_OFFSETS["a"]) != self._environment:
+            self._events.append(
+                ContractChecked("a package's update wrote to the boot environment", kept=False)
+            )
         if not self._schedule.sick:
             self._retry("v2")
         else:
@@ -586,6 +600,7 @@ class Life:
             self._events.append(InstallEnded(name, None))
             if command is not None:
                 self._look("after the client was killed")
+            self._status()
             return
         self._events.append(
             InstallEnded(name, command.exit_code, command.cause, armed=command.armed)
@@ -688,7 +703,7 @@ class Life:
     def _alive(self) -> bool:
         return self._device.commanding
 
-    def _strike(self, fault: Fault) -> None:
+    def _strike(self, fault: Fault, area: str) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
         self._struck.append(Strike(fault.kind, what, fault.at, self._state))
         if fault.kind in ("cut", "kill"):
@@ -697,6 +712,7 @@ class Life:
                 self._restarted_untold = True
         elif fault.kind in ("error", "flip"):
             self._damaged = True
+            self._refused |= area in ("environment", "")
         if fault.kind == "error" and self._state == "ArtifactCommit" and self._schedule.scripts:
             # Where the commit is behind it, the record of the scripts that follow it may fail.
             self._ignored.note("")
@@ -796,7 +812,7 @@ class Life:
             return content, False
         fault = self._network.pop(0)
         at = fault.at % len(content)
-        self._strike(fault)
+        self._strike(fault, "network")
         if fault.kind == "break":
             return content[:at], True
         return content[:at] + bytes((content[at] ^ 0x40,)) + content[at + 1 :], False

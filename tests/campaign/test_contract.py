@@ -28,8 +28,10 @@ def _contract(told: list[ContractChecked], **given: Any) -> Contract:
         "slots": True,
         "struck": False,
         "damaged": False,
+        "refused": False,
         "next": ("a", False),
         "done": True,
+        "forgotten": False,
         "module": None,
         **given,
     }
@@ -40,11 +42,14 @@ def _contract(told: list[ContractChecked], **given: Any) -> Contract:
             next=lambda: facts["next"],
             struck=lambda: facts["struck"],
             damaged=lambda: facts["damaged"],
+            refused=lambda: facts["refused"],
             done=lambda script: facts["done"],
+            forgotten=lambda: facts["forgotten"],
             module=lambda: facts["module"],
         ),
         scripted=facts["scripted"],
         slots=facts["slots"],
+        initial="v1",
     )
 
 
@@ -70,8 +75,10 @@ def _listen(lines: list[str], **given: Any) -> list[str]:
 
 UP = ["state Download", "state ArtifactInstall", "state ArtifactReboot"]
 LEAVE = "state script ArtifactInstall_Leave_00"
+WAITS = "v2 waits in slot a; reboot to start it"
 STAYED = "v2 was not installed, v1 (slot a) stays: why"
 CUT = {"struck": True}
+DAMAGED = {**CUT, "damaged": True}
 PUT = ["state Download", "state ArtifactInstall", "call ArtifactInstall"]
 PACKAGE = {
     "slots": False,
@@ -129,7 +136,11 @@ BACK = ["state script ArtifactRollback_Enter_00", "state script ArtifactFailure_
             {"next": ("b", True)},
             "just been restarted",
         ),
+        (["resume at boot!0", "x!1"], {**DAMAGED, "next": ("a", True)}, "stays so"),
+        (["resume at boot!0", "x!0"], {**DAMAGED, "forgotten": True}, "and it says nothing"),
         (["v2 waits; reboot to start it"], {}, "of an image"),
+        ([*UP, "resume!cut", "state ArtifactRollback", "resume!cut", WAITS], CUT, "was in Artifac"),
+        ([*UP[:2], LEAVE, "resume!cut", WAITS], {**CUT, "done": False}, "Leave_00 was interrupted"),
         (["installed v2 into slot b; reboot to start it"], {}, "slot a is started next"),
         (["rolling back to v1, reboot needed: why"], {}, "of an image"),
         (["reboot needed to return to slot b: why"], {}, "slot a is started next"),
@@ -198,6 +209,7 @@ def test_a_broken_promise_is_told(lines: list[str], changed: dict[str, Any], wha
             {"next": ("", False)},
         ),
         (["error: one; then: two"], {}),
+        (["resume at boot!0", "x!1"], {**DAMAGED, "refused": True, "next": ("a", True)}),
         ([*PUT, "state ArtifactReboot", "x!0"], PACKAGE),
         (["rolling back to v1, reboot needed: why"], PACKAGE),
     ],
@@ -269,6 +281,7 @@ def test_what_is_said_of_names_and_causes_is_compared_with_what_was_told() -> No
     contract = _contract(told, slots=False)
     contract.cause("health check 50-sick exited", "50-sick")
     contract.inconsistent("v1")
+    contract.status(["state: x", "running: v1 (slot a)"], Recorded(True, "", None))
     contract.heard("committed v2 (slot a)")
     contract.status(["state: x", "running: v2 (slot a)"], Recorded(True, "", None))
     contract.heard("v2_INCONSISTENT is recorded: errors had to be ignored")

@@ -346,6 +346,18 @@ class SimulatedDevice:
         finally:
             store.close()
 
+    def forgotten(self) -> bool:
+        """Say whether state scripts are left of an update that the store knows nothing of."""
+        if self.data is None or not self.data.exists(SCRIPT + "version"):
+            return False
+        store = self._store()
+        try:
+            return store.update() is None and store.last_outcome() is None
+        except StoreError:
+            return False
+        finally:
+            store.close()
+
     def provision(self) -> None:
         """Make an empty state store, and write everything."""
         store = self._store()

@@ -32,15 +32,18 @@ from updater.device.config import Config
 SCRIPTS = (
     "ArtifactInstall_Enter_00",
     "ArtifactInstall_Leave_00",
+    "ArtifactReboot_Enter_00",
     "ArtifactCommit_Enter_00",
     "ArtifactCommit_Leave_00",
     "ArtifactRollback_Enter_00",
     "ArtifactFailure_Enter_00",
 )
-"""The state scripts of an artifact that has some."""
+"""The state scripts of an artifact that has some; nobody runs the one that is for a deployment."""
 BOOTLOADERS = ("uboot", "grub")
 IMAGES = ("v1", "v2", "v3")
 """What a device is made with, what it is updated to, and one more, which is well."""
+STRAY = "stray"
+"""A package that is offered to a device without update modules."""
 
 
 class Laboratory:
@@ -107,6 +110,7 @@ class Laboratory:
             artifacts = {
                 "v2": self.artifact("v2", behaviour, scripts),
                 "v3": self.artifact("v3", "well"),
+                STRAY: self.package(STRAY, "well", "", "reboot=No reverts=Yes fails="),
             }
         device = SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
