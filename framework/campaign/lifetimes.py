@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-from framework.campaign.contract import Contract
+from framework.campaign.contract import Contract, Facts
 from framework.disk.models import CacheModel, model_from
 from framework.targets.simulated.bootloader import BOOTLIMIT, SLOTS
 from framework.targets.simulated.device import (
@@ -25,20 +25,23 @@ from framework.targets.simulated.device import (
     DATA_OFFSET,
     DONE,
     IMAGE_BYTES,
+    KILLED,
     SLOT_OFFSETS,
     Command,
+    Recorded,
     Start,
     make_image,
     read_head,
 )
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
-from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, Laboratory
+from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, STRAY, Laboratory
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
     CommitReached,
     Committed,
+    ContractChecked,
     DataChecked,
     DiskSeen,
     Event,
@@ -65,9 +68,21 @@ FORWARD: Final = ("ArtifactInstall", "ArtifactCommit")
 """The states whose scripts have to have been done when an update is committed."""
 STOPPING: Final = ("ArtifactInstall_", "ArtifactCommit_Enter")
 """The scripts that stop an update when they fail."""
+UNTOLD: Final = ("ArtifactInstall", "ArtifactReboot")
+"""The last state told before a cut after which ArtifactReboot counts as done, failing or not.
+
+An update module may restart the device from within ArtifactReboot ("Update modules v3 protocol":
+it is not repeated then), so to a client that finds itself restarted in it the call has done its
+work, and ArtifactVerifyReboot decides. Mender's client does the same: a stored ArtifactReboot is
+followed by ArtifactVerifyReboot, and its test "Killed in ArtifactReboot" ends with a commit. That
+the call had failed is known only once the next state is on record, and then told. The record of
+ArtifactReboot itself may be there a moment before it is told.
+"""
+PROVING: Final = ("ArtifactVerifyReboot", "ArtifactCommit", "Cleanup", "Idle")
+"""The states of an update that goes well behind ArtifactReboot."""
 INCONSISTENT: Final = "_INCONSISTENT"
 """What follows an artifact's name on a device where an error had to be ignored (Mender's word)."""
-DRIVE_FAULTS: Final = ("cut", "error", "flip")
+DRIVE_FAULTS: Final = ("cut", "error", "flip", "kill")
 NETWORK_FAULTS: Final = ("break", "corrupt")
 """A download that ends at a byte, or has one byte changed."""
 
@@ -96,6 +111,7 @@ class Fault:
         what = {
             "error": "I/O error at operation",
             "flip": "bit flip in operation",
+            "kill": "client killed behind operation",
             "break": "connection broken at byte",
             "corrupt": "byte changed at",
         }[self.kind]
@@ -110,7 +126,8 @@ class Schedule:
         faults: in no particular order.
         behaviour: of the new image: well, panics, hangs, unhealthy.
         actions: what the operator does after the first start: "stage" (install), "restart",
-            "install" (both, the second if the first went well), "rollback", "commit".
+            "install" (both, the second if the first went well), "rollback", "commit", "resume",
+            "stray" (on a device without update modules, to install what needs one).
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
@@ -136,8 +153,7 @@ class Schedule:
     @property
     def sick(self) -> bool:
         """Whether the update must not be committed."""
-        stops = self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
-        return self.behaviour != "well" or stops or self._module_stops
+        return self.behaviour != "well" or self._script_stops or self._module_stops
 
     @property
     def failure(self) -> str:
@@ -152,6 +168,16 @@ class Schedule:
         return {"unhealthy": "50-sick", "offline": "40-network"}.get(
             self.behaviour, "the boot loader fell back"
         )
+
+    @property
+    def fails_in_reboot(self) -> bool:
+        """Whether nothing is wrong with the update but a call of its module in ArtifactReboot."""
+        calls = "reboot=Yes" in self.module and self.module.endswith("fails=ArtifactReboot")
+        return calls and self.behaviour == "well" and not self._script_stops
+
+    @property
+    def _script_stops(self) -> bool:
+        return self.scripts.startswith("fail") and self.scripts[5:].startswith(STOPPING)
 
     @property
     def _module_stops(self) -> bool:
@@ -269,9 +295,15 @@ class _Plan:
     """Turns a schedule's drive faults into actions, and tells `strike` what struck."""
 
     def __init__(
-        self, faults: tuple[Fault, ...], strike: Callable[[Fault], None], *, grub: bool
+        self,
+        faults: tuple[Fault, ...],
+        strike: Callable[[Fault, str], None],
+        alive: Callable[[], bool],
+        *,
+        grub: bool,
     ) -> None:
         self._strike = strike
+        self._alive = alive
         self._grub = grub
         self._faults = {fault.at: fault for fault in faults if fault.kind in DRIVE_FAULTS}
         self.due = min(self._faults, default=0)
@@ -283,13 +315,16 @@ class _Plan:
         self.due = min(self._faults, default=0)
         if self._grub and fault.kind == "flip" and area_of(step.offset) == "environment":
             return ""  # GRUB's blocks have no checksum: nobody could see it
-        self._strike(fault)
+        if fault.kind == "kill" and not self._alive():
+            return ""  # the boot loader, init or an orderly restart wrote: there is no process
+        # A flush is everyone's.
+        self._strike(fault, area_of(step.offset) if step.length else "")
         self.last = step.number
         self.cut = (_model(fault.model), fault.seed)
         if fault.kind == "cut":
             self.model, self.seed = fault.model, fault.seed
             return "cut"
-        return "error" if fault.kind == "error" else "flip"
+        return fault.kind  # type: ignore[return-value]
 
     model = ""
     seed = 0
@@ -311,12 +346,13 @@ class _TracingPlan(_Plan):
     def __init__(
         self,
         faults: tuple[Fault, ...],
-        strike: Callable[[Fault], None],
+        strike: Callable[[Fault, str], None],
+        alive: Callable[[], bool],
         see: Callable[[Step], None],
         *,
         grub: bool,
     ) -> None:
-        super().__init__(faults, strike, grub=grub)
+        super().__init__(faults, strike, alive, grub=grub)
         self._see = see
         self.due = 1
 
@@ -401,9 +437,9 @@ class Life:
         self.operations: list[Operation] = []
         grub = schedule.bootloader == "grub"
         self._plan = (
-            _TracingPlan(schedule.faults, self._strike, self._see, grub=grub)
+            _TracingPlan(schedule.faults, self._strike, self._alive, self._see, grub=grub)
             if traced
-            else _Plan(schedule.faults, self._strike, grub=grub)
+            else _Plan(schedule.faults, self._strike, self._alive, grub=grub)
         )
         self._hash_drives = hash_drives
         self._drives: list[str] = []
@@ -438,18 +474,33 @@ class Life:
         self._events: list[Event] = []
         self._contract = Contract(
             self._events.append,
-            lambda: self._device.slot,
-            self._settled,
-            lambda: bool(self._struck),
+            Facts(
+                running=lambda: self._device.slot,
+                next=self._next,
+                struck=lambda: bool(self._struck),
+                damaged=lambda: self._damaged,
+                refused=lambda: self._refused,
+                done=self._script_done,
+                forgotten=self._device.forgotten,
+                module=self._module_told,
+            ),
             scripted=bool(schedule.scripts) and not schedule.scripts.startswith("later"),
             slots=not schedule.module,
+            initial="v1",
         )
         self._device.begins = self._contract.begin
         self._device.ends = self._contract.end
+        self._device.module_called = self._contract.called
+        self._environment = self._drive.peek(0, SLOT_OFFSETS["a"])
         self._ignored = _Ignored()
+        self._restarted_untold = False
+        self._commits: list[bool] = []
         self._lost_record = False
         self._state = "Idle"
         self._struck: list[Strike] = []
+        self._damaged = False
+        self._refused = False
+        self._went_well = True
         self._installing = "v2"
         self._running = ""
 
@@ -470,6 +521,8 @@ class Life:
             self._update("v2", restart=action == "install")
         elif action == "restart":
             self._start(self._device.restart)
+        elif action == "stray":
+            self._command("install", STRAY)
         else:
             self._command(action)
 
@@ -485,6 +538,10 @@ class Life:
         exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
+        if self._schedule.module and self._drive.peek(0, SLOT_OFFSETS["a"]) != self._environment:
+            self._events.append(
+                ContractChecked("a package's update wrote to the boot environment", kept=False)
+            )
         if not self._schedule.sick:
             self._retry("v2")
         else:
@@ -492,8 +549,9 @@ class Life:
                 self._start(self._device.restart)
             self._status()
             self._retry("v3")
+        sick = self._schedule.sick and not (self._commits and all(self._commits))
         facts = {
-            name: ImageFacts(name, "", IMAGE_BYTES, healthy=name != "v2" or not self._schedule.sick)
+            name: ImageFacts(name, "", IMAGE_BYTES, healthy=name != "v2" or not sick)
             for name in self._images
         }
         run = Run(facts, "v1", tuple(self._events), boot_limit=KERNELS)
@@ -538,8 +596,11 @@ class Life:
         self._installing = name
         self._events.append(InstallStarted(name))
         command = self._command("install", name)
-        if command is None:
+        if command is None or command.exit_code == KILLED:
             self._events.append(InstallEnded(name, None))
+            if command is not None:
+                self._look("after the client was killed")
+            self._status()
             return
         self._events.append(
             InstallEnded(name, command.exit_code, command.cause, armed=command.armed)
@@ -588,7 +649,7 @@ class Life:
     def _undone_scripts(self, name: str) -> str:
         """A state script of the update that was committed and has left no sign; "" for none."""
         data = self._device.data
-        if name != "v2" or not self._schedule.scripts or data is None:
+        if name != "v2" or not self._schedule.scripts or data is None or not self._went_well:
             return ""
         told = self._device.status()
         if told is not None and told[0] == name + INCONSISTENT:
@@ -606,12 +667,20 @@ class Life:
         self._check_data()
 
     def _status(self) -> None:
-        if not self._running or (self._schedule.module and self._device.is_updating()):
+        if not self._running:
+            return
+        updating = False
+
+        def see(lines: list[str], recorded: Recorded) -> None:
+            nonlocal updating
+            updating = recorded.updating
+            self._contract.status(lines, recorded)
+
+        status = self._device.status(see)
+        if updating and self._schedule.module:
             return  # what it runs is neither the one nor the other
-        status = self._device.status(
-            lambda lines, updating: self._contract.status(lines, updating=updating)
-        )
         if status is not None:
+            self._contract.inconsistent(status[0])
             if self._schedule.failure and status[1] in ("failed", "rolled-back"):
                 self._contract.cause(status[2], self._schedule.failure)
             name, hidden = status[0], self._ignored.certain
@@ -631,9 +700,19 @@ class Life:
             Operation(step.number, self._state, kind, area, step.length, self._device.starts)
         )
 
-    def _strike(self, fault: Fault) -> None:
+    def _alive(self) -> bool:
+        return self._device.commanding
+
+    def _strike(self, fault: Fault, area: str) -> None:
         what = fault.model if fault.kind == "cut" else fault.kind
         self._struck.append(Strike(fault.kind, what, fault.at, self._state))
+        if fault.kind in ("cut", "kill"):
+            self._contract.interrupted()
+            if self._schedule.fails_in_reboot and self._state in UNTOLD:
+                self._restarted_untold = True
+        elif fault.kind in ("error", "flip"):
+            self._damaged = True
+            self._refused |= area in ("environment", "")
         if fault.kind == "error" and self._state == "ArtifactCommit" and self._schedule.scripts:
             # Where the commit is behind it, the record of the scripts that follow it may fail.
             self._ignored.note("")
@@ -664,11 +743,24 @@ class Life:
             self._events.append(seen)
         return seen
 
-    def _settled(self) -> bool:
-        """Whether the slot that runs is the one that is started next, and not on trial."""
+    def _next(self) -> tuple[str, bool]:
+        """The slot that the boot environment names, and whether it is on trial."""
         variables = self._device.copies.seen().variables
-        named = SLOTS.get(variables.get("mender_boot_part", ""))
-        return named == self._device.slot and variables.get("upgrade_available") != "1"
+        named = SLOTS.get(variables.get("mender_boot_part", ""), "")
+        return named, variables.get("upgrade_available") == "1"
+
+    def _script_done(self, name: str) -> bool:
+        data = self._device.data
+        return data is not None and data.exists(DONE + name)
+
+    def _module_told(self) -> dict[str, str] | None:
+        """What the module of the package that is being installed is like; None for an image."""
+        if not self._schedule.module:
+            return None
+        if self._installing != "v2":
+            return {"reboot": "No", "reverts": "Yes", "fails": "", "healthy": "Yes"}
+        told = dict(word.split("=") for word in self._schedule.module.split())
+        return {**told, "healthy": "Yes" if self._schedule.behaviour == "well" else "No"}
 
     def _slot(self, slot: str) -> SlotState:
         for name, image in self._images.items():
@@ -692,8 +784,12 @@ class Life:
         self._contract.heard(line)
         if line.startswith("state ") and not line.startswith("state script"):
             self._state = line[6:]
+            if self._state not in PROVING:
+                self._restarted_untold = False
             if self._state == "Download":
                 self._ignored.begin()
+                # Its first script takes the signs of earlier updates away.
+                self._went_well = False
             elif self._state == "Idle":
                 self._ignored.end()
             if self._state == "ArtifactCommit":
@@ -704,6 +800,9 @@ class Life:
             self._ignored.note("")
         elif line.startswith("committed "):
             name, _, rest = line[10:].partition(" (slot ")
+            self._went_well = True
+            if name == "v2":
+                self._commits.append(self._restarted_untold)
             self._ignored.commit()
             self._events.append(Committed(name, rest[:1]))
 
@@ -713,7 +812,7 @@ class Life:
             return content, False
         fault = self._network.pop(0)
         at = fault.at % len(content)
-        self._strike(fault)
+        self._strike(fault, "network")
         if fault.kind == "break":
             return content[:at], True
         return content[:at] + bytes((content[at] ^ 0x40,)) + content[at + 1 :], False

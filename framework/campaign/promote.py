@@ -91,6 +91,8 @@ def _fault(fault: SimulatedFault, struck: Operation) -> Fault:
         if not struck.area.startswith("slot"):
             raise FaultError(f"{fault}: only a bit of the image can be flipped elsewhere")
         return bit_flip()
+    if fault.kind == "kill":
+        raise FaultError(f"{fault}: a process is killed at an operation in the simulation only")
     if struck.kind == "flush":
         return storage_error("flush", count=1)
     return storage_error("write", area=AREAS[struck.area], count=1)

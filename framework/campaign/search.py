@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from framework.campaign.lifetimes import (
-    DRIVE_FAULTS,
     NETWORK_FAULTS,
     Fault,
     Lifetime,
@@ -46,6 +45,8 @@ ACTIONS: Final = (
     ("stage", "rollback", "install"),
     ("install", "install"),
     ("stage", "restart", "commit", "commit"),
+    ("install", "resume"),
+    ("stage", "resume", "restart"),
 )
 SCRIPTED: Final = (
     *("",) * 15,
@@ -75,7 +76,7 @@ MODULES: Final = (
 """Update modules: how they answer, and where they fail."""
 MODULE_SHARE: Final = 12
 """One in so many lifetimes is of a package, where its image could be one."""
-KINDS: Final = ("cut", "cut", "cut", "cut", *DRIVE_FAULTS[1:], *NETWORK_FAULTS)
+KINDS: Final = ("cut", "cut", "cut", "cut", "error", "flip", "kill", *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
 DOWNLOAD_BYTES: Final = 108_000

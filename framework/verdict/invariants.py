@@ -195,7 +195,13 @@ def truthful(run: Run) -> Finding:
                 looked_at += 1
                 if not event.cause:
                     broken.append(f"install of {event.artifact} failed without a cause")
-        elif isinstance(event, DiskSeen) and ended is not None and ended.exit_code is not None:
+        elif isinstance(event, DiskSeen) and ended is not None and ended.exit_code is None:
+            # What was interrupted may wait for its restart all the same.
+            decision = next_boot(event.environment, event.slots)
+            armed = decision.slot is not None and decision.on_trial
+            waiting = event.slots[decision.slot].image if armed else None  # type: ignore[index]
+            ended = None
+        elif isinstance(event, DiskSeen) and ended is not None:
             looked_at += 1
             decision = next_boot(event.environment, event.slots)
             image = None if decision.slot is None else event.slots[decision.slot].image

@@ -41,7 +41,9 @@ def machine_of(laboratory: Laboratory) -> type[RuleBasedStateMachine]:
             self.life = Life(laboratory, Schedule(behaviour=behaviour, actions=(), fresh=fresh))
             self.life.begin()
 
-        @rule(action=st.sampled_from(["install", "stage", "restart", "commit", "rollback"]))
+        @rule(
+            action=st.sampled_from(["install", "stage", "restart", "commit", "rollback", "resume"])
+        )
         def act(self, action: str) -> None:
             self.actions.append(action)
             self.life.act(action)
@@ -49,7 +51,7 @@ def machine_of(laboratory: Laboratory) -> type[RuleBasedStateMachine]:
         @precondition(lambda self: self.faults < MOST_FAULTS)
         @rule(
             ahead=st.integers(1, 150),
-            kind=st.sampled_from(["cut", "cut", "error", "flip"]),
+            kind=st.sampled_from(["cut", "cut", "error", "flip", "kill"]),
             model=st.sampled_from(CACHE_MODELS),
             seed=st.integers(0, 1 << 16),
         )

@@ -152,6 +152,31 @@ def test_every_single_cut_of_an_update_is_survived(laboratory: Laboratory, model
         assert str(lifetime.verdict) == "PASS", schedule.to_json()
 
 
+@pytest.mark.parametrize("then", ["resume", "commit", "rollback", "install"])
+@pytest.mark.parametrize("behaviour", ["well", "unhealthy"])
+def test_a_client_that_is_killed_anywhere_is_survived(
+    laboratory: Laboratory, behaviour: str, then: str
+) -> None:
+    """The device runs on, and the next command finds what the last one left, in the same boot."""
+    base = Schedule(behaviour=behaviour, actions=("install", then))
+    killed = 0
+    for at in range(1, live(laboratory, base).exposed + 1, 3):
+        lifetime = live(laboratory, dataclasses.replace(base, faults=(Fault(at, "kill"),)))
+        assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+        killed += bool(lifetime.struck)
+    assert killed > 40
+
+
+def test_a_commit_that_rolls_a_package_back_does_not_say_that_all_is_well(
+    laboratory: Laboratory,
+) -> None:
+    base = Schedule(module="reboot=Automatic reverts=Yes fails=", actions=("install", "commit"))
+    first = next(o.number for o in trace(laboratory, base) if o.state == "ArtifactInstall")
+    lifetime = live(laboratory, dataclasses.replace(base, faults=(Fault(first + 3, "kill"),)))
+    assert str(lifetime.verdict) == "PASS"
+    assert any("nothing to commit: the update is not running" in line for line in lifetime.lines)
+
+
 def test_random_faults_are_survived(laboratory: Laboratory) -> None:
     for number in range(2):
         tally = batch(laboratory, 1, number)

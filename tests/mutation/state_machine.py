@@ -6,8 +6,9 @@ The mutations are cosmic-ray's (its operators; its runner rewrites the checkout'
 other programs use meanwhile), and one of ours for the state table: each transition leads elsewhere.
 A mutant is loaded in a process of its own, in the place of the real module, and lives through a
 fixed list of lifetimes (`schedules`): every action and image, every script that fails, cuts and
-errors where the client writes from ArtifactInstall on, cuts in a row, and a few random ones. What
-became of it:
+errors where the client writes from ArtifactInstall on, the client killed in each state and another
+command behind that, two faults where one is mended, cuts and kills in a row, and a few random ones.
+What became of it:
 
     killed    an invariant was violated, or a command ended with an internal error
     differs   no invariant, but the console or the events are not the shipped client's
@@ -440,6 +441,9 @@ def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
             yield dataclasses.replace(base, faults=(fault(at, "error"),))
         for at in late[1::3]:
             yield dataclasses.replace(base, faults=(fault(at, "flip"), fault(at + 4)))
+    yield from _killed(lifetimes, laboratory, search)
+    yield from _damaged(lifetimes, laboratory)
+    yield schedule(actions=("stray",))
     for behaviour in ("well", "unhealthy"):
         yield schedule(behaviour=behaviour, bootloader="grub", slot="b")
         yield schedule(behaviour=behaviour, slot="b", scripts="ok")
@@ -447,6 +451,85 @@ def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
     for at in downloading[4:40:6]:
         for kind in ("cut", "error"):
             yield schedule((fault(at, kind),), scripts="ok")
+
+
+def _killed(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
+    """The client is killed in each state, and in the same boot another command goes on."""
+    fault, schedule = lifetimes.Fault, lifetimes.Schedule
+    bases = [
+        schedule(scripts="ok"),
+        schedule(behaviour="unhealthy", scripts="ok"),
+        schedule(scripts="fail ArtifactInstall_Leave_00"),
+        schedule(module=search.MODULES[1]),
+        schedule(module=search.MODULES[2], behaviour="unhealthy"),
+        schedule(module="reboot=No reverts=Yes fails=ArtifactCommit", scripts="ok"),
+    ]
+    commands = itertools.cycle(("resume", "commit", "rollback", "install"))
+    for base in bases:
+        last = lifetimes.live(laboratory, base).exposed
+        states: dict[tuple[str, int], list[int]] = {}
+        for step in lifetimes.trace(laboratory, base):
+            if step.number <= last and step.state != "Idle":
+                states.setdefault((step.state, step.starts), []).append(step.number)
+        for numbers in states.values():
+            # Near the end the work of a state is done, and the next one is not yet on record.
+            for at in sorted({numbers[len(numbers) // 3], *numbers[-4:][:1], numbers[-1]}):
+                for command in itertools.islice(commands, 2):
+                    actions = ("install", command, "restart")
+                    yield dataclasses.replace(base, faults=(fault(at, "kill"),), actions=actions)
+
+
+def _damaged(lifetimes: Any, laboratory: Any) -> Iterator[Any]:
+    """What takes two faults: a store that fails twice or forgets, an environment that refuses."""
+    fault, schedule = lifetimes.Fault, lifetimes.Schedule
+    late = schedule(scripts="fail ArtifactCommit_Leave_00")
+    wanted = ("ArtifactCommit", "Cleanup")
+    for at in [s.number for s in lifetimes.trace(laboratory, late) if s.state in wanted][::3]:
+        for ahead in (2, 9):
+            kinds = (fault(at + ahead, "error"), fault(at + ahead))
+            for second in kinds:
+                yield dataclasses.replace(late, faults=(fault(at, "error"), second))
+    base = schedule(scripts="ok")
+    steps = lifetimes.trace(laboratory, base)
+    armed = next(s.number for s in steps if (s.state, s.area) == (wanted[0], "environment"))
+    for at in range(armed - 14, armed):
+        yield dataclasses.replace(base, faults=(fault(at, "flip"), fault(armed + 2)))
+    # Damaged in the last record before the restart, the store has forgotten the trial.
+    before = [s.number for s in steps if (s.state, s.area) == ("ArtifactInstall", "data")]
+    for at in before[-8:]:
+        yield dataclasses.replace(base, faults=(fault(at, "flip"),))
+    # On trial it fails while an interrupted transaction is undone.
+    proving = [s.number for s in steps if (s.state, s.area) == ("ArtifactReboot", "data")]
+    for at in proving[::2]:
+        for times in (1, 12):
+            failing = tuple(fault(at + number, "error") for number in range(1, 1 + times))
+            faults = (fault(at, "kill"), *failing)
+            yield dataclasses.replace(base, faults=faults, actions=("install", "resume"))
+    # Killed again and again, on trial and on the old system: stopped in the end.
+    for before, state in (
+        (("install",), "ArtifactVerifyReboot"),
+        (
+            ("stage", "rollback"),
+            "ArtifactRollback",
+        ),
+    ):
+        base = schedule(actions=(*before, *("resume",) * 34))
+        first = next(s.number for s in lifetimes.trace(laboratory, base) if s.state == state)
+        for ahead in (14, 15, 16):
+            faults = tuple(fault(first + ahead * number, "kill") for number in range(34))
+            yield dataclasses.replace(base, faults=faults)
+    for behaviour in ("panics", "hangs", "unhealthy"):
+        base = schedule(behaviour=behaviour)
+        last = lifetimes.live(laboratory, base).exposed
+        places = [
+            s.number
+            for s in lifetimes.trace(laboratory, base)
+            if s.area == "environment" and s.number <= last
+        ]
+        for at in places:
+            for kind, times in (("error", 2), ("error", 6), ("flip", 6)):
+                faults = tuple(fault(at + number, kind) for number in range(times))
+                yield dataclasses.replace(base, faults=faults)
 
 
 def _places(lifetimes: Any, laboratory: Any, base: Any) -> list[int]:

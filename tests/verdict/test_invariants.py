@@ -103,6 +103,10 @@ BROKEN: list[tuple[str, tuple[int, ...], list[Event]]] = [
     ("failure that is none", (7,), [
         InstallStarted("v2"), InstallEnded("v2", 1, "because"), ON_TRIAL,
     ]),
+    ("failure that is none, although an earlier one was interrupted", (7,), [
+        InstallStarted("v2"), InstallEnded("v2", None), OLD,
+        InstallStarted("v2"), InstallEnded("v2", 1, "because"), ON_TRIAL,
+    ]),
     ("a wrong version told", (7,), [READY_OLD, StatusRead("v2")]),
     ("a rollback without a cause", (7,), [READY_OLD, StatusRead("v1", "rolled-back")]),
     ("an ignored error hidden", (7,), [READY_OLD, StatusRead("v1", hidden="a script failed")]),
@@ -141,6 +145,12 @@ def test_bricked_takes_two_witnesses() -> None:
 
 def test_commit_on_disk_before_its_acknowledgement_is_no_violation() -> None:
     assert verdict(InstallStarted("v2"), ON_TRIAL, CommitReached("v2"), NEW).violated == ()
+
+
+def test_a_second_installation_is_refused_while_an_interrupted_one_waits() -> None:
+    events = [InstallStarted("v2"), InstallEnded("v2", None), ON_TRIAL]
+    events += [InstallStarted("v2"), InstallEnded("v2", 1, "not finished"), ON_TRIAL]
+    assert verdict(*events).violated == ()
 
 
 def test_a_later_update_may_replace_a_committed_system() -> None:

@@ -203,8 +203,7 @@ class Client:
                 f"nothing to commit: {self._update.artifact_name} is held before its installation"
             )
         self._follow(decision)
-        ended = decision is Decision.CLEAN_UP and self._result is not Result.COMMITTED
-        if ended or decision in (Decision.CLOSE_INTERRUPTED, Decision.CLOSE_ROLLED_BACK):
+        if self._result is not Result.COMMITTED:
             raise NothingInProgressError("nothing to commit: the update is not running")
 
     def rollback(self) -> None:

@@ -27,7 +27,7 @@ from framework.targets.simulated.bootloader import (
     UbootCopies,
 )
 from framework.targets.simulated.database import Connection, DataVfs
-from framework.targets.simulated.drive import Disk, Drive, DriveError
+from framework.targets.simulated.drive import Disk, Drive, DriveError, PowerLost
 from framework.targets.simulated.filesystem import (
     PAGE,
     FileSystem,
@@ -78,6 +78,10 @@ DONE: Final = "done-"
 TOO_LATE: Final = "ArtifactCommit_Leave"
 """The scripts that may fail, and whose update is committed all the same."""
 SLOTS: Final = (Slot("a", "a", 2), Slot("b", "b", 3))
+KILLED: Final = 137
+"""The exit code of a command that was killed: 128 + SIGKILL."""
+AT_BOOT: Final = "resume at boot"
+"""The command that init runs, for `SimulatedDevice.begins`."""
 
 
 class ImageFile(NamedTuple):
@@ -148,6 +152,20 @@ class Command(NamedTuple):
     armed: bool = False
 
 
+class Recorded(NamedTuple):
+    """What the store holds, besides what a status says of it.
+
+    Attributes:
+        updating: an update is in progress.
+        cause: why that will not end well, if it is known.
+        outcome: of the last update: its artifact, how it ended, and the cause; None before any.
+    """
+
+    updating: bool
+    cause: str
+    outcome: tuple[str, str, str] | None
+
+
 class Start(NamedTuple):
     """How a start of the device ended; `kernels` counts the kernels started on the way."""
 
@@ -176,11 +194,12 @@ class SimulatedDevice:
 
     `early` is the kernel's habit of writing pages back when it likes. `client` makes the client,
     the shipped one unless a bug is planted; `copies` are the boot variables, and the boot loader
-    that reads them (None: U-Boot as it should be). `print` gets the
-    console's lines, `listener` the client's without their prefix; `begins` gets a command's
-    verb before it runs, `ends` its exit code behind it; `ignored_script` the name of a
-    state script whose failure comes too late to stop anything; `lost_record` is called when the
-    client says that it has lost an update's record. `modular`: there is an update module.
+    that reads them (None: U-Boot as it should be). `print` gets the console's lines, `listener` the
+    client's without their prefix; `begins` gets a command's verb before it runs, `ends` its exit
+    code behind it; `ignored_script` the name of a state script whose failure comes too late to stop
+    anything; `module_called` the state for which the update module is called; `lost_record` is
+    called when the client says that it has lost an update's record. `modular`: there is an update
+    module. `commanding`: a command of the client is running.
     """
 
     def __init__(
@@ -206,12 +225,14 @@ class SimulatedDevice:
         self.starts = 0
         self.lost_record: Callable[[], None] = lambda: None
         self.ignored_script: Callable[[str], None] = lambda name: None
+        self.module_called: Callable[[str], None] = lambda state: None
         self.slot = ""
         self.image: ImageFile | None = None
         self.data: FileSystem | None = None
         self._vfs = vfs
         self._early = early
         self._client = client
+        self.commanding = False
         vfs.restart()
 
     # What a person or the harness does.
@@ -250,10 +271,13 @@ class SimulatedDevice:
         self._unmount()
         return self.start()
 
-    def run(self, verb: str, source: str = "") -> Command:
-        """Run a command of the client in the running system; PowerLost goes through."""
+    def run(self, verb: str, source: str = "", *, at_boot: bool = False) -> Command:
+        """Run a command of the client in the running system; PowerLost goes through.
+
+        `at_boot`: it is init that does. A command that is killed ends with KILLED.
+        """
         causes: list[str] = []
-        self.begins(verb)
+        self.begins(AT_BOOT if at_boot else verb)
 
         def listen(line: str) -> None:
             self._line(line)
@@ -263,29 +287,41 @@ class SimulatedDevice:
         store = self._store()
         with console.captured(listen):
             try:
+                self.commanding = True
                 code = operate(self._make_client(store), verb, source)
             except (InterruptedBySignal, Exception) as error:  # noqa: BLE001 - as `updater` does
                 code = last_word(error)
+            except PowerLost:
+                if not self.drive.killed:
+                    raise
+                code = KILLED
             finally:
+                self.commanding = False
                 store.close()
+        if self.drive.killed:
+            self.drive.power_on()
+            code = KILLED
         self.ends(code)
         cause = causes[-1] if causes else ""
         return Command(code, cause, armed=STILL_ARMED in cause)
 
     def status(
-        self, see: Callable[[list[str], bool], None] = lambda lines, updating: None
+        self, see: Callable[[list[str], Recorded], None] = lambda lines, recorded: None
     ) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
 
-        None when it says nothing but an error. `see` gets the lines that a person sees, and whether
-        the store has an update in progress.
+        None when it says nothing but an error. `see` gets the lines that a person sees, and what
+        the store holds.
         """
         store = self._store()
         try:
             client = self._make_client(store)
             name = client.artifact_name()
             last = store.last_outcome()
-            see(client.status(), store.update() is not None)
+            update = store.update()
+            ended = (last.artifact_name, str(last.result), last.cause) if last else None
+            cause = update.cause if update is not None else ""
+            see(client.status(), Recorded(update is not None, cause, ended))
         except StoreError as error:
             self.say(f"status: {error}")
             return None
@@ -307,6 +343,18 @@ class SimulatedDevice:
             return store.update() is not None
         except StoreError:
             return True
+        finally:
+            store.close()
+
+    def forgotten(self) -> bool:
+        """Say whether state scripts are left of an update that the store knows nothing of."""
+        if self.data is None or not self.data.exists(SCRIPT + "version"):
+            return False
+        store = self._store()
+        try:
+            return store.update() is None and store.last_outcome() is None
+        except StoreError:
+            return False
         finally:
             store.close()
 
@@ -356,7 +404,7 @@ class SimulatedDevice:
         self._vfs.disk = self.data
         for said in self.copies.restore(choice.environment, self.slot):
             self.say(f"init: {said}")
-        command = self.run("resume")
+        command = self.run("resume", at_boot=True)
         if command.exit_code == EXIT_REBOOT_NEEDED:
             self._unmount()
             return f"slot {self.slot} asked for a restart: {command.cause}"
@@ -414,7 +462,7 @@ class SimulatedDevice:
             health=_Health(self),
             scripts=_Scripts(self),
             modules=(
-                PackageModule(self.data, self.ignored_script)
+                PackageModule(self.data, self.ignored_script, self.module_called)
                 if self.modular and self.data is not None
                 else None
             ),

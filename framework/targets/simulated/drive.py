@@ -17,12 +17,19 @@ from framework.disk.journal import SECTOR, Flag, Kind
 from framework.disk.models.base import CacheModel
 from framework.disk.state import Decision, OperationLog, PowerCycle
 
-Action = Literal["", "cut", "error", "flip"]
+Action = Literal["", "cut", "error", "flip", "kill"]
 """What a plan wants at an operation; one that the power is cut at is left in flight."""
 
 
 class PowerLost(BaseException):
     """The power is gone. Not an Exception, so that no handler of the device's code takes it."""
+
+
+class ProcessKilled(PowerLost):
+    """The process that asked for the operation is gone, as after SIGKILL; the drive did it.
+
+    The device goes on: whoever ran the process gives the drive back to the others (`power_on`).
+    """
 
 
 class DriveError(OSError):
@@ -75,6 +82,7 @@ class Disk(Protocol):
     """What the device asks of its drive: `Drive`, or the recorder's disks (`recorded`)."""
 
     off: bool
+    killed: bool
     size_bytes: int
 
     def read(self, offset: int, length: int) -> bytes:
@@ -102,6 +110,7 @@ class Drive:
             raise ValueError(f"a drive of {len(content)} bytes is not of whole sectors")
         self.plan: Plan = plan or NoPlan()
         self.off = False
+        self.killed = False
         self.operations = 0
         self.size_bytes = len(content)
         # What the device reads: medium and cache together.
@@ -154,32 +163,42 @@ class Drive:
                 content = content[: at // 8] + bytes((flipped,)) + content[at // 8 + 1 :]
         self._cycle.append((offset, content))
         if action == "cut":
-            self._lose_power()
+            self._lose_power(in_flight=True)
         self._current[offset : offset + length] = content
         if self._unreadable:
             first = offset // SECTOR
             self._unreadable.difference_update(range(first, first + length // SECTOR))
+        if action == "kill":
+            self._kill()
 
     def flush(self) -> None:
         """Make durable all that was written; DriveError when the plan makes it fail."""
         if self.off:
             raise PowerLost
         self.operations += 1
+        action: Action = ""
         if self.operations == self.plan.due:
             action = self.plan.at(Step(self.operations, Kind.FLUSH, 0, 0))
             if action == "error":
                 raise DriveError(5, "flush failed")
             if action == "cut":
-                self._lose_power()
+                self._lose_power(in_flight=False)
         self._cycle.append((0, None))
         self._closed = len(self._cycle)
+        if action == "kill":
+            self._kill()
 
     def power_on(self) -> None:
         """Give the power back. Without a cut before it, the drive's cache lives on."""
-        self.off = False
+        self.off = self.killed = False
 
-    def _lose_power(self) -> None:
-        """Keep what the model leaves; the newest operation, if it is a write, is in flight."""
+    def _kill(self) -> None:
+        # Until the process has been buried, nothing that it still does has an effect.
+        self.off = self.killed = True
+        raise ProcessKilled
+
+    def _lose_power(self, *, in_flight: bool) -> None:
+        """Keep what the model leaves; the newest write may be in flight, and a flush never was."""
         model, seed = self.plan.cut
         first = 0 if model.name in _KINDS_THAT_REMEMBER else self._closed
         given = self._cycle[first:]
@@ -187,7 +206,9 @@ class Drive:
         for offset, data in self._cycle[:first]:
             if data is not None:
                 medium[offset : offset + len(data)] = data
-        self._apply(medium, given, self._decide(model, seed, given) if given else Decision())
+        completed = len(given) - in_flight
+        decision = self._decide(model, seed, given, completed) if given else Decision()
+        self._apply(medium, given, decision)
         self._current[:] = medium
         self._start = bytes(medium)
         self._cycle.clear()
@@ -196,14 +217,14 @@ class Drive:
         raise PowerLost
 
     def _decide(
-        self, model: CacheModel, seed: int, given: list[tuple[int, bytes | None]]
+        self, model: CacheModel, seed: int, given: list[tuple[int, bytes | None]], completed: int
     ) -> Decision:
         log = OperationLog()
         for index, (offset, data) in enumerate(given, 1):
             kind = Kind.FLUSH if data is None else Kind.WRITE
             what = (int(kind), 0, offset, len(data or b""), int(Flag.NONE), 0)
             log.arrive(what, sequence=2 * index, time_ns=index, cycle=0)
-            if index < len(given) or data is None:
+            if index <= completed:
                 log.complete(index, 2 * index + 1, index, 0, 0)
         table = log.table(1, len(given))
         return model.decide(PowerCycle(table, ("disk",), (self.size_bytes,)), seed)

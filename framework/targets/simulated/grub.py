@@ -340,7 +340,7 @@ class GrubCopies:
     """The copies of one device: the client's boot environment port, and what else has them.
 
     `make` makes the client's part, from the paths of the two copies; the shipped one unless a bug
-    is planted. `script` is the boot loader's.
+    is planted. `script` is the boot loader's. `quirks` are bugs of init's: "init-does-not-flush".
     """
 
     def __init__(
@@ -348,8 +348,10 @@ class GrubCopies:
         drive: Disk,
         script: str,
         make: Callable[[ModuleType], type] = lambda module: module.GrubEnvironment,
+        quirks: frozenset[str] = frozenset(),
     ) -> None:
         self._drive = drive
+        self._quirks = quirks
         self._script = read_script(script)
         self._cache: dict[int, bytes] = {}
         self._client = make(client_module())(*PLACES)
@@ -371,7 +373,8 @@ class GrubCopies:
         """Make one copy as good as the other, or both anew, as init does."""
         good = 1 if use == 2 else 0
         try:
-            self._drive.flush()
+            if "init-does-not-flush" not in self._quirks:
+                self._drive.flush()
             if use == 0 or not self._settled(good):
                 self._make_anew(slot, (1 - good, good))
             else:

@@ -32,23 +32,26 @@ from updater.device.config import Config
 SCRIPTS = (
     "ArtifactInstall_Enter_00",
     "ArtifactInstall_Leave_00",
+    "ArtifactReboot_Enter_00",
     "ArtifactCommit_Enter_00",
     "ArtifactCommit_Leave_00",
     "ArtifactRollback_Enter_00",
     "ArtifactFailure_Enter_00",
 )
-"""The state scripts of an artifact that has some."""
+"""The state scripts of an artifact that has some; nobody runs the one that is for a deployment."""
 BOOTLOADERS = ("uboot", "grub")
 IMAGES = ("v1", "v2", "v3")
 """What a device is made with, what it is updated to, and one more, which is well."""
+STRAY = "stray"
+"""A package that is offered to a device without update modules."""
 
 
 class Laboratory:
     """Makes devices.
 
-    Where bugs are planted: `client` makes another client, `quirks` are U-Boot's, `grub` is GRUB's
-    boot script instead of the shipped one, and `grub_client` makes the client's part of GRUB's
-    environment from the shipped module.
+    Where bugs are planted: `client` makes another client, `quirks` are U-Boot's and, under GRUB,
+    init's, `grub` is GRUB's boot script instead of the shipped one, and `grub_client` makes the
+    client's part of GRUB's environment from the shipped module.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Laboratory:
             artifacts = {
                 "v2": self.artifact("v2", behaviour, scripts),
                 "v3": self.artifact("v3", "well"),
+                STRAY: self.package(STRAY, "well", "", "reboot=No reverts=Yes fails="),
             }
         device = SimulatedDevice(
             Surroundings(artifacts, (self._public,), self._info, network),
@@ -131,7 +135,7 @@ class Laboratory:
 
     def _copies(self, drive: Disk, bootloader: str) -> Copies:
         if bootloader == "grub":
-            return GrubCopies(drive, self._grub, self._grub_client)
+            return GrubCopies(drive, self._grub, self._grub_client, self._quirks)
         return UbootCopies(drive, ENVIRONMENT, self._quirks)
 
     def _provision(self, bootloader: str, slot: str) -> bytes:

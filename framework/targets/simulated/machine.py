@@ -362,7 +362,7 @@ class SimulatedMachine(Driver, PowerProtocol):  # type: ignore[misc]
 class _Outside:
     """A disk as it is read behind the device's back."""
 
-    off = False
+    off = killed = False
 
     def __init__(self, disk: LazyDisk) -> None:
         self.size_bytes = disk.size_bytes

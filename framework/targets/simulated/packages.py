@@ -46,12 +46,19 @@ def read_package(data: FileSystem) -> tuple[str, str]:
 class PackageModule:
     """The port `Modules`, on the data partition that `data` is.
 
-    `ignored` is called when a rollback fails: the client has to go on, and to tell it.
+    `ignored` is called when a rollback fails: the client has to go on, and to tell it. `calls` gets
+    the state of every call.
     """
 
-    def __init__(self, data: FileSystem, ignored: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        data: FileSystem,
+        ignored: Callable[[str], None],
+        calls: Callable[[str], None] = lambda state: None,
+    ) -> None:
         self._data = data
         self._ignored = ignored
+        self._calls = calls
 
     def prepare(self, reader: ArtifactReader, provides: Mapping[str, str]) -> None:
         """Keep what the module is told, durably."""
@@ -81,6 +88,7 @@ class PackageModule:
 
     def call(self, state: State) -> None:
         """Do `state`; ModuleError where the meta-data says so, or the drive fails."""
+        self._calls(str(state))
         try:
             self._do(state)
         except ModuleError:

@@ -36,7 +36,7 @@ class RecordedDrive:
     ) -> None:
         size = recorder.export_size(DEVICE)
         assert size is not None
-        self.off = False
+        self.off = self.killed = False
         self.size_bytes = size
         self._recorder = recorder
         self._settled = settled
