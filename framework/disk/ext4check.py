@@ -59,7 +59,7 @@ class Ext4Check:
     `files`: the content of the files asked for, None for one that is missing or unreadable.
     `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
     many ranges can't be read. `tree`: all files, if they were asked for and can be read; `lost`: by
-    path, the blocks of a file that can't be read, from 0.
+    path, the blocks of a file that can't be read, from 0, and its content with zeros there.
     """
 
     clean: bool
@@ -69,7 +69,7 @@ class Ext4Check:
     mended: bool = False
     unreadable: int = 0
     tree: Mapping[str, bytes | None] | None = None
-    lost: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    lost: Mapping[str, tuple[tuple[int, ...], bytes]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -226,7 +226,9 @@ class Ext4Image:
         finally:
             source.close()
 
-    def everything(self) -> tuple[dict[str, bytes | None] | None, dict[str, tuple[int, ...]]]:
+    def everything(
+        self,
+    ) -> tuple[dict[str, bytes | None] | None, dict[str, tuple[tuple[int, ...], bytes]]]:
         """See `ExtReader.everything` and `lost`; None where there is no reading it."""
         source = _ImageFile(self.path)
         try:

@@ -104,8 +104,9 @@ class ExtReader:
             raise self._wrong(f"ext features {incompatible:#x} are not read here")
         self._block_size = 1024 << log_size
         self._descriptor_size = descriptor if incompatible & 0x80 and descriptor >= 64 else 32
-        self.lost: dict[str, tuple[int, ...]] = {}
-        """By path of a file that could not be read, the blocks of it that can't, from 0."""
+        self.lost: dict[str, tuple[tuple[int, ...], bytes]] = {}
+        """By path of a file that could not be read: the blocks of it that can't, from 0, and what
+        the source has of it."""
         self._lost = {
             block
             for at, size in unreadable
@@ -128,8 +129,8 @@ class ExtReader:
     def everything(self) -> dict[str, bytes | None]:
         """All files by path, directories with a slash at the end and no content.
 
-        None for what can't be read, or is neither; `lost` has then which blocks of it can't. Raises
-        LayoutError if there is no root directory, or more than can be read.
+        None for what can't be read, or is neither; what `lost` has of a file then is the rest of
+        it. Raises LayoutError if there is no root directory, or more than can be read.
         """
         found: dict[str, bytes | None] = {}
         seen: set[int] = set()
@@ -232,7 +233,7 @@ class ExtReader:
             count = -(-self._size(inode) // self._block_size)
             blocks = self._blocks(inode, count, path)
             if lost := sorted(n for n, block in blocks.items() if block in self._lost):
-                self.lost[path] = tuple(lost)
+                self.lost[path] = tuple(lost), self._content(inode, limit, path)
                 raise self._wrong(f"{path}: block {lost[0]} can't be read")
         return self._content(inode, limit, path)
 

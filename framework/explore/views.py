@@ -24,6 +24,10 @@ Kinds = Mapping[str, str]
 Files = Mapping[str, bytes | None]
 """By path: the content; None for what is there and can't be read."""
 
+Lost = Mapping[str, tuple[tuple[int, ...], bytes]]
+"""By path of a file that can't be read: the blocks of it that can't, and its content with zeros
+there. Who reads only others notices nothing."""
+
 DATABASE: Final = "sqlite"
 IGNORED: Final = "ignored"
 _BESIDE: Final = ("-journal", "-wal", "-shm")
@@ -33,11 +37,8 @@ _OF_THE_RUN: Final = re.compile(
 )
 
 
-def view_of(files: Files, kinds: Kinds, lost: Mapping[str, tuple[int, ...]] | None = None) -> str:
-    """The view of these files: equal texts, equal to a system that starts.
-
-    `lost`: by path, the blocks of a file that can't be read: who reads only others notices nothing.
-    """
+def view_of(files: Files, kinds: Kinds, lost: Lost | None = None) -> str:
+    """The view of these files: equal texts, equal to a system that starts."""
     lost = {} if lost is None else lost
     told: list[str] = []
     beside = {p + end for p, kind in kinds.items() if kind == DATABASE for end in _BESIDE}
@@ -45,15 +46,18 @@ def view_of(files: Files, kinds: Kinds, lost: Mapping[str, tuple[int, ...]] | No
         kind = kinds.get(path)
         if kind == IGNORED or path in beside:
             continue
-        if kind == DATABASE and content is not None:
-            seen = _database(content, files.get(path + "-journal"), files.get(path + "-wal"))
+        blocks, rest = lost.get(path, ((), content))
+        if kind == DATABASE and rest is not None:
+            seen = _database(rest, files.get(path + "-journal"), files.get(path + "-wal"))
         else:
-            seen = _digest(content)
-        if kind == DATABASE:
-            ends = (end for end in _BESIDE if files.get(path + end, b"") is None)
-            seen += "".join(f" {end} {lost.get(path + end)}" for end in ends)
+            seen = _digest(rest)
         if content is None:
-            seen += str(lost.get(path))
+            seen += f" without {blocks}"
+        if kind == DATABASE:
+            for end in _BESIDE:
+                if files.get(path + end, b"") is None:
+                    blocks, rest = lost.get(path + end, ((), None))
+                    seen += f" {end} {_digest(rest)} without {blocks}"
         told.append(f"{path}={seen}")
     return _digest("\n".join(told).encode(errors="surrogateescape"))
 
