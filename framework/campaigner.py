@@ -29,7 +29,6 @@ from framework.campaign.ledger import (
     Ledger,
     Run,
     outcome_from_values,
-    utc_now,
 )
 from framework.campaign.perform import Performed, needs
 from framework.campaign.plan import (
@@ -46,6 +45,7 @@ from framework.campaign.plan import (
     violating,
 )
 from framework.campaign.space import Cell, draw, images_of, name_of, universe
+from framework.database import utc_now
 from framework.targets.errors import RigError
 from framework.targets.rig import check_rig, rig_features
 from images import ImageError, build_target, planted_bugs, recipe_names

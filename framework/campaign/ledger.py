@@ -7,19 +7,18 @@ campaigns share a file: their trends are what it is kept for.
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from attrs import asdict, field, frozen
 
 from framework.campaign.errors import LedgerError
 from framework.campaign.perform import Performed
 from framework.campaign.space import Cell
-from framework.disk.database import Database, Form
+from framework.database import Database, Form, utc_now
 
 LEDGER_VERSION: Final = 1
 
@@ -115,7 +114,7 @@ class Run:
     outcome: Performed | None = field(default=None)
 
 
-class Ledger:
+class Ledger(Database):
     """An open ledger; use it as a context manager.
 
     Raises:
@@ -125,26 +124,14 @@ class Ledger:
     def __init__(self, path: Path, *, create: bool = True) -> None:
         if not create and not path.is_file():
             raise LedgerError(f"ledger {path}: no such file")
-        self._database = Database(path, _FORM)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
-
-    def __enter__(self) -> Self:
-        """Nothing more to do."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the file."""
-        self.close()
+        super().__init__(path, _FORM)
 
     # -- campaigns ---------------------------------------------------------------------------
 
     def campaigns(self) -> list[Campaign]:
         """All campaigns, oldest first."""
-        with self._database.told():
-            rows = self._database.rows(
+        with self.told():
+            rows = self.rows(
                 "SELECT id, seed, plant, rigs, bound, program, cells, started, spent_s, ended "
                 "FROM campaign ORDER BY id"
             )
@@ -164,7 +151,7 @@ class Ledger:
                 wanted.bound,
             ):
                 return campaign, False
-        self._database.execute(
+        self.execute(
             "INSERT INTO campaign (seed, plant, rigs, bound, program, cells, started) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
@@ -181,13 +168,11 @@ class Ledger:
 
     def end_campaign(self, campaign: Campaign) -> None:
         """It is complete."""
-        self._database.execute(
-            "UPDATE campaign SET ended = ? WHERE id = ?", (utc_now(), campaign.number)
-        )
+        self.execute("UPDATE campaign SET ended = ? WHERE id = ?", (utc_now(), campaign.number))
 
     def spend(self, campaign: Campaign, seconds: float) -> None:
         """It ran for so many more seconds."""
-        self._database.execute(
+        self.execute(
             "UPDATE campaign SET spent_s = spent_s + ? WHERE id = ?",
             (seconds, campaign.number),
         )
@@ -196,7 +181,7 @@ class Ledger:
 
     def begin(self, campaign: Campaign, run: Run) -> int:
         """Enter a run that begins; its key."""
-        added = self._database.execute(
+        added = self.execute(
             "INSERT INTO run (campaign, number, candidate, rig, purpose, worker, composition,"
             " begun) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -214,12 +199,12 @@ class Ledger:
 
     def end(self, key: int, outcome: Performed) -> None:
         """Complete a run, with the cells that it struck, in one transaction."""
-        with self._database.transaction():
-            self._database.execute(
+        with self.transaction():
+            self.execute(
                 "UPDATE run SET ended = ?, verdict = ?, outcome = ? WHERE id = ?",
                 (utc_now(), outcome.verdict, json.dumps(asdict(outcome)), key),
             )
-            self._database.executemany(
+            self.executemany(
                 "INSERT INTO strike VALUES (?, ?, ?, ?)",
                 [(key, cell.state, cell.fault, cell.trigger) for cell in outcome.strikes],
             )
@@ -227,15 +212,13 @@ class Ledger:
     def forget_interrupted(self, campaign: Campaign) -> list[Run]:
         """Take out the runs that were begun and never ended; they are returned."""
         interrupted = [run for run in self.runs(campaign) if run.outcome is None]
-        self._database.execute(
-            "DELETE FROM run WHERE campaign = ? AND ended IS NULL", (campaign.number,)
-        )
+        self.execute("DELETE FROM run WHERE campaign = ? AND ended IS NULL", (campaign.number,))
         return interrupted
 
     def runs(self, campaign: Campaign) -> list[Run]:
         """The campaign's runs, in the order of their beginning."""
-        with self._database.told():
-            rows = self._database.rows(
+        with self.told():
+            rows = self.rows(
                 "SELECT id, number, candidate, rig, purpose, worker, composition, outcome "
                 "FROM run WHERE campaign = ? ORDER BY id",
                 (campaign.number,),
@@ -244,7 +227,7 @@ class Ledger:
 
     def struck(self, campaign: Campaign) -> Counter[Cell]:
         """How often each cell was struck in a campaign."""
-        rows = self._database.rows(
+        rows = self.rows(
             'SELECT state, fault, "trigger", count(*) FROM strike JOIN run ON run.id = run '
             "WHERE campaign = ? GROUP BY 1, 2, 3",
             (campaign.number,),
@@ -271,8 +254,3 @@ def outcome_from_values(values: Mapping[str, Any]) -> Performed:
     for name in ("violated", "unfired", "steps"):
         fields[name] = tuple(fields[name])
     return Performed(**fields)
-
-
-def utc_now() -> str:
-    """Now, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

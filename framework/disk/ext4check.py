@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Final
 
 from framework.disk.errors import DiskError, LayoutError
-from framework.disk.files import ExtReader
+from framework.disk.files import ExtReader, LostFile
 from framework.disk.lazy import LazyDisk, read_exact
 
 _TIMEOUT_S: Final = 120.0
@@ -58,8 +58,8 @@ class Ext4Check:
     `replayed`: its journal had something to replay. `output`: e2fsck's words, for people.
     `files`: the content of the files asked for, None for one that is missing or unreadable.
     `mended`: a replay was not enough, and the device's own repair was needed. `unreadable`: how
-    many ranges can't be read. `tree`: all files, if they were asked for and can be read; `lost`: by
-    path, the blocks of a file that can't be read, from 0, and its content with zeros there.
+    many ranges can't be read. `tree`: all files, if they were asked for and can be read; `lost`:
+    those that can't, by path.
     """
 
     clean: bool
@@ -69,7 +69,7 @@ class Ext4Check:
     mended: bool = False
     unreadable: int = 0
     tree: Mapping[str, bytes | None] | None = None
-    lost: Mapping[str, tuple[tuple[int, ...], bytes]] = dataclasses.field(default_factory=dict)
+    lost: Mapping[str, LostFile] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class Ext4Image:
 
     def everything(
         self,
-    ) -> tuple[dict[str, bytes | None] | None, dict[str, tuple[tuple[int, ...], bytes]]]:
+    ) -> tuple[dict[str, bytes | None] | None, dict[str, LostFile]]:
         """See `ExtReader.everything` and `lost`; None where there is no reading it."""
         source = _ImageFile(self.path)
         try:
@@ -273,10 +273,10 @@ def check_ext4(
             except LayoutError:
                 files[path] = None
         tree, lost = image.everything() if everything else (None, {})
-        holes = image.unreadable
+        holes = len(image.unreadable)
         if holes:
-            output = f"{len(holes)} unreadable ranges were read as zeros\n{output}"
-        return Ext4Check(clean, replayed, output, files, mended, len(holes), tree, lost)
+            output = f"{holes} unreadable ranges were read as zeros\n{output}"
+        return Ext4Check(clean, replayed, output, files, mended, holes, tree, lost)
 
 
 def _e2fsck(path: Path, *options: str) -> tuple[int, str]:

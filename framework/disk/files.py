@@ -71,6 +71,11 @@ def open_file_system(source: Source, offset: int, length: int) -> FileSystem:
     raise LayoutError(source.name, offset, "neither an ext nor a FAT file system")
 
 
+LostFile = tuple[tuple[int, ...], bytes]
+"""Of a file that can't be read: the blocks that can't, from 0, and its content with zeros there.
+Who reads only others notices nothing."""
+
+
 class ExtReader:
     """An ext2, ext3 or ext4 file system."""
 
@@ -104,10 +109,9 @@ class ExtReader:
             raise self._wrong(f"ext features {incompatible:#x} are not read here")
         self._block_size = 1024 << log_size
         self._descriptor_size = descriptor if incompatible & 0x80 and descriptor >= 64 else 32
-        self.lost: dict[str, tuple[tuple[int, ...], bytes]] = {}
-        """By path of a file that could not be read: the blocks of it that can't, from 0, and what
-        the source has of it."""
-        self._lost = {
+        self.lost: dict[str, LostFile] = {}
+        """The files that could not be read, by path."""
+        self._unreadable = {
             block
             for at, size in unreadable
             for block in range(at // self._block_size, -(-(at + size) // self._block_size))
@@ -229,10 +233,10 @@ class ExtReader:
 
     def _file(self, inode: bytes, limit: int, path: str) -> bytes:
         """A regular file's content. A file system check mends what is around it, not what is in."""
-        if self._lost:
+        if self._unreadable:
             count = -(-self._size(inode) // self._block_size)
             blocks = self._blocks(inode, count, path)
-            if lost := sorted(n for n, block in blocks.items() if block in self._lost):
+            if lost := sorted(n for n, block in blocks.items() if block in self._unreadable):
                 self.lost[path] = tuple(lost), self._content(inode, limit, path)
                 raise self._wrong(f"{path}: block {lost[0]} can't be read")
         return self._content(inode, limit, path)

@@ -31,7 +31,6 @@ from framework.explore.judges.boots import BOOT_TIMEOUT_S, MAX_STARTS, Booted, C
 from framework.explore.judges.context import Context
 from framework.explore.judges.data import DataJudge
 from framework.explore.recovery import NOTHING, Ends, Trace, trace_of
-from framework.explore.rest import spared
 from framework.explore.serve import Heard, StateMachine, Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration
 from framework.explore.timeline import (
@@ -160,12 +159,11 @@ def cut_again(  # noqa: PLR0917 - who, what, when, where, how
         explored, found, unchecked = judge_recovery(context, journal, first, phases, deeper)
         if broken := recovery.not_converged(context):
             found += _never_converged(context, journal, first, phases, broken)
-        lost = {phase for phase in phases if found and _lost_at_rest(context, first, phase)}
         return DeepResult(
             crash_class,
             booted,
             explored,
-            tuple(evolve(v, at_rest=v.phase in lost and v.invariant in _OF_DATA) for v in found),
+            tuple(told_apart(context, found)),
             recovery.retried,
             unchecked,
             recovery.trace,
@@ -322,15 +320,14 @@ class _Recovery:
         return f"the update tried again: {self.retried}"
 
 
-def _lost_at_rest(context: Context, first: CrashState, phase: int) -> bool:
-    """Whether a cut lost the data partition, and would not have on a medium that spares it."""
-    gentler = spared(context.journal, first)
-    if gentler is None:
-        return False
+def told_apart(context: Context, found: Sequence[DeepViolation]) -> Iterator[DeepViolation]:
+    """The violations, `at_rest` where the medium alone had lost the data partition before."""
     data = DataJudge(context)
-    there, spared_there = (data.said(data.look(state), phase) for state in (first, gentler))
-    held = spared_there.clean and spared_there.intact
-    return held and not (there.clean and there.intact)
+    cuts = {(v.first, v.phase) for v in found if v.invariant in _OF_DATA}
+    lost = {cut for cut in cuts if data.holds_spared(*cut) and not data.holds(*cut)}
+    for violation in found:
+        mediums = violation.invariant in _OF_DATA and (violation.first, violation.phase) in lost
+        yield evolve(violation, at_rest=mediums)
 
 
 def _never_converged(

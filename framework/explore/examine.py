@@ -35,7 +35,6 @@ from framework.explore.judges.mount import Mounted, MountJudge
 from framework.explore.judges.static import with_finding
 from framework.explore.layout import Role
 from framework.explore.recovery import Ends, Trace, recoveries
-from framework.explore.rest import spared
 from framework.explore.serve import Workplace
 from framework.explore.states import CrashClass, CrashState, Exploration, Span
 from framework.targets.machine import Machine
@@ -392,7 +391,7 @@ class _Work:
                 state=state,
                 span=span,
                 promised=timeline.describe(phase),
-                at_rest=f.invariant == DATA_LIVES and self._spared_holds(state, phase),
+                at_rest=f.invariant == DATA_LIVES and self.data.holds_spared(state, phase),
             )
             for f in verdict.findings
             if f.held is False and f.invariant not in told
@@ -400,14 +399,6 @@ class _Work:
         self.found.violations.extend(fresh)
         if known is None or fresh:
             self.found.verdicts[crash_class.key, phase] = verdict
-
-    def _spared_holds(self, state: CrashState, phase: int) -> bool:
-        """Whether the data partition holds on a medium that spares data at rest."""
-        gentler = spared(self.examiner.context.journal, state)
-        if gentler is None:
-            return False
-        said = self.data.said(self.data.look(gentler), phase)
-        return said.clean and said.intact
 
     def spread(self, classes: Sequence[CrashClass]) -> list[CrashClass]:
         """All classes, so ordered that a beginning of the list tells the most.
@@ -526,11 +517,11 @@ class _Work:
                     judge, self.examiner.ears, members, phases, place, self.examiner.deeper, ends
                 )
 
-            jobs: list[tuple[int, CrashClass | None]] = []
-            for number in range(len(groups)):
-                jobs.append((number, None))
-                if number in controls:
-                    jobs.append((number, controls[number]))
+            jobs = [
+                (number, which)
+                for number in range(len(groups))
+                for which in ((None, controls[number]) if number in controls else (None,))
+            ]
             in_time = itertools.takewhile(lambda _: time.monotonic() < until, jobs)
             for done, _ in enumerate(_each(one, in_time, self.examiner.workers, place.stop), 1):
                 self.examiner.progress.judging(DEPTH_TWO, done, len(jobs))

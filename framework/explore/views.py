@@ -18,15 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from framework.disk.files import LostFile
+
 Kinds = Mapping[str, str]
 """By path: `sqlite` for a database, `ignored` for what no start depends on; else plain content."""
 
 Files = Mapping[str, bytes | None]
 """By path: the content; None for what is there and can't be read."""
 
-Lost = Mapping[str, tuple[tuple[int, ...], bytes]]
-"""By path of a file that can't be read: the blocks of it that can't, and its content with zeros
-there. Who reads only others notices nothing."""
+Lost = Mapping[str, LostFile]
+"""By path: of a file that can't be read, what is left."""
 
 DATABASE: Final = "sqlite"
 IGNORED: Final = "ignored"

@@ -6,15 +6,14 @@ computed from the rows when they are asked for, never kept.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from attrs import frozen
 
-from framework.disk.database import Database, Form
+from framework.database import Database, Form, utc_now
 from framework.report import BoardStatistics
 from framework.targets.errors import RigError
 
@@ -77,31 +76,24 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, rank - 1)]
 
 
-class History:
-    """The file; a context manager. RigError, here and later, if it can't be used."""
+class History(Database):
+    """The file. RigError, here and later, if it can't be used."""
 
     def __init__(self, path: Path) -> None:
-        self._database = Database(path, _FORM)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.close()
+        super().__init__(path, _FORM)
 
     def add(self, attempt: Attempt) -> None:
         """Enter an attempt that has ended."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with self._database.transaction():
-            key = self._database.execute(
+        with self.transaction():
+            key = self.execute(
                 "INSERT INTO attempt (run, board, place, scenario, verdict, reason, seconds, "
                 "cycles, ended) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(attempt.run, attempt.board, attempt.place, attempt.scenario),
-                    *(attempt.verdict, attempt.reason, attempt.seconds, attempt.cycles, now),
+                    *(attempt.verdict, attempt.reason, attempt.seconds, attempt.cycles, utc_now()),
                 ),
             ).lastrowid
-            self._database.executemany(
+            self.executemany(
                 "INSERT INTO boot (attempt, seconds, ready) VALUES (?, ?, ?)",
                 [(key, seconds, int(ready)) for seconds, ready in attempt.boots],
             )
@@ -109,7 +101,7 @@ class History:
     def seconds(self, board: str) -> dict[str, float]:
         """How long each scenario took on such boards, where it passed: the median."""
         taken: dict[str, list[float]] = {}
-        for scenario, seconds in self._database.rows(
+        for scenario, seconds in self.rows(
             "SELECT scenario, seconds FROM attempt WHERE verdict = 'PASS' AND board = ?", (board,)
         ):
             taken.setdefault(scenario, []).append(seconds)
@@ -119,14 +111,14 @@ class History:
         """What was seen of each place (in one `run`, if it is named), by name."""
         given = (run, run)
         boots: dict[str, list[tuple[float, bool]]] = {}
-        for place, seconds, ready in self._database.rows(
+        for place, seconds, ready in self.rows(
             "SELECT place, boot.seconds, ready FROM boot JOIN attempt ON attempt.id = boot.attempt "
             "WHERE place != '' AND (? = '' OR run = ?)",
             given,
         ):
             boots.setdefault(place, []).append((seconds, bool(ready)))
         found = []
-        for place, attempts, failures, infrastructure, cycles, last in self._database.rows(
+        for place, attempts, failures, infrastructure, cycles, last in self.rows(
             "SELECT place, count(*), sum(verdict IN ('FAILED', 'BROKEN')), "
             "sum(verdict = 'INFRASTRUCTURE'), sum(cycles), max(ended) FROM attempt "
             "WHERE place != '' AND (? = '' OR run = ?) GROUP BY place ORDER BY place",

@@ -9,16 +9,15 @@ and done again, a bounded number of times in a row.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from attrs import frozen
 
-from framework.disk.database import Database, Form
+from framework.database import Database, Form, utc_now
 from framework.targets.blame import infrastructure_in
 from framework.targets.errors import RigError
 from framework.targets.strategy import SlotStrategy
@@ -100,30 +99,23 @@ class Tally:
         )
 
 
-class CycleRecord:
-    """The file; a context manager. RigError, here and later, if it can't be used."""
+class CycleRecord(Database):
+    """The file. RigError, here and later, if it can't be used."""
 
     def __init__(self, path: Path) -> None:
-        self._database = Database(path, _FORM)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.close()
+        super().__init__(path, _FORM)
 
     def add(self, board: str, cycle: Cycle) -> None:
         """Enter a cycle that has ended."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._database.execute(
+        self.execute(
             "INSERT INTO cycle (board, verdict, fact, seconds, boot_s, ended) "
             "VALUES (?, ?, ?, ?, ?, ?)",
-            (board, cycle.verdict, cycle.fact, cycle.seconds, cycle.boot_s, now),
+            (board, cycle.verdict, cycle.fact, cycle.seconds, cycle.boot_s, utc_now()),
         )
 
     def tally(self, board: str) -> Tally:
         """A board's cycles so far."""
-        rows = self._database.rows("SELECT verdict, boot_s FROM cycle WHERE board = ?", (board,))
+        rows = self.rows("SELECT verdict, boot_s FROM cycle WHERE board = ?", (board,))
         verdicts = [verdict for verdict, _ in rows]
         return Tally(
             board,

@@ -147,20 +147,23 @@ def rig_features(path: Path | str) -> frozenset[str]:
 
 def remote_place(environment: labgrid.Environment, role: str = "main") -> str:
     """The name of the place that a coordinator lends a target's board as; empty if none does."""
-    target = environment.config.data["targets"].get(role, {})
-    for _, name, arguments in _entries("", target.get("resources")):
-        if name == "RemotePlace":
-            return str(arguments.get("name", "+"))
-    return ""
+    place = _arguments(environment, role, "resources", "RemotePlace")
+    return "" if place is None else str(place.get("name", "+"))
 
 
 def board_recipe(environment: labgrid.Environment, role: str = "main") -> str:
     """The recipe whose images a target's switched board runs; empty if it has none."""
+    board = _arguments(environment, role, "drivers", "SwitchedBoardDriver")
+    return "" if board is None else str(board.get("recipe", ""))
+
+
+def _arguments(
+    environment: labgrid.Environment, role: str, section: str, wanted: str
+) -> Mapping[str, Any] | None:
+    """What the file gives a target's first such resource or driver; None if it has none."""
     target = environment.config.data["targets"].get(role, {})
-    for _, name, arguments in _entries("", target.get("drivers")):
-        if name == "SwitchedBoardDriver":
-            return str(arguments.get("recipe", ""))
-    return ""
+    entries = _entries("", target.get(section))
+    return next((arguments for _, name, arguments in entries if name == wanted), None)
 
 
 def is_remote(environment: labgrid.Environment) -> bool:

@@ -364,8 +364,8 @@ def test_a_corrupt_ledger_is_one_clear_line_wherever_the_damage_is(tmp_path: Pat
 def test_a_full_disk_is_one_clear_line_and_what_was_done_is_kept(tmp_path: Path) -> None:
     path = a_ledger(tmp_path / "a.db")
     with Ledger(path) as ledger:
-        pages = int(ledger._database.execute("PRAGMA page_count").fetchone()[0])
-        ledger._database.execute(f"PRAGMA max_page_count = {pages + 1}")
+        pages = int(ledger.rows("PRAGMA page_count")[0][0])
+        ledger.execute(f"PRAGMA max_page_count = {pages + 1}")
         campaign = ledger.campaigns()[0]
         with pytest.raises(LedgerError, match="the disk is full; free some space"):
             for _ in range(100):

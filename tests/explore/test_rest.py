@@ -15,7 +15,7 @@ from attrs import evolve
 from disk_nbd_client import Client
 
 from framework.disk import DeviceSpec, Emmc, JournalReader, Recorder, TornPage, TornSector
-from framework.explore.deep import DeepViolation, _lost_at_rest
+from framework.explore.deep import DeepViolation, told_apart
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examiner
 from framework.explore.layout import Range, Region, Role
@@ -98,28 +98,37 @@ def test_a_synced_file_that_is_overwritten_in_place_is_the_writers_doing(disk, t
     assert "" in {excuse(run, v, WISH) for v in found.violations}
 
 
+def deep(first, phase, invariant=5):
+    return DeepViolation(invariant, "", phase, first, first, b"", "")
+
+
 def test_what_the_medium_took_at_the_first_cut_is_not_held_against_the_second(disk, tmp_path):
     context, found = examined(disk, tmp_path, TornPage(), onto_itself=False)
     lost = {(v.state, v.phase) for v in found.violations}
     assert lost
-    assert all(_lost_at_rest(context, state, phase) for state, phase in lost)
-    sound = [
-        c for c in found.exploration.classes if c not in {v.crash_class for v in found.violations}
-    ]
-    assert not any(_lost_at_rest(context, c.representative, 1) for c in sound)
-    state = found.violations[0].state
-    deep = DeepViolation(5, "", 1, state, state, b"", "")
+    told = list(told_apart(context, [deep(*cut, n) for cut in lost for n in range(1, 9)]))
+    assert {v.invariant for v in told if v.at_rest} == {5, 6}, "the rest does not live on it"
+    assert len([v for v in told if v.at_rest]) == 2 * len(lost)
     run = Run(True, found, "tiny")
-    assert excuse(run, deep, WISH) == ""
-    assert excuse(run, evolve(deep, at_rest=True), WISH) == (
+    assert {excuse(run, v, WISH) for v in told if not v.at_rest} == {""}
+    assert {excuse(run, v, WISH) for v in told if v.at_rest} == {
         "with a medium that destroys data at rest "
-    )
+    }
+
+
+def test_what_only_the_second_cut_took_is_held_against_it(disk, tmp_path):
+    context, found = examined(disk, tmp_path, TornPage(), onto_itself=False)
+    broken = {v.crash_class.key for v in found.violations}
+    sound = [c.representative for c in found.exploration.classes if c.key not in broken]
+    assert sound
+    assert not any(v.at_rest for v in told_apart(context, [deep(state, 1) for state in sound]))
 
 
 def test_what_the_writer_took_at_the_first_cut_is_held_against_the_second(disk, tmp_path):
     context, found = examined(disk, tmp_path, TornSector(), onto_itself=True)
     assert found.violations
-    assert not any(_lost_at_rest(context, v.state, v.phase) for v in found.violations)
+    told = told_apart(context, [deep(v.state, v.phase) for v in found.violations])
+    assert not any(v.at_rest for v in told)
 
 
 def test_a_state_without_damage_beside_what_was_written_has_no_gentler_one(disk, tmp_path):

@@ -19,6 +19,7 @@ from framework.disk import Ext4Check, check_ext4
 from framework.disk.glimpse import Glimpses
 from framework.explore.judges.context import Context
 from framework.explore.layout import Role
+from framework.explore.rest import spared
 from framework.explore.states import CrashClass, CrashState, Disks
 from framework.explore.views import view_of
 from framework.verdict import DataChecked
@@ -115,6 +116,16 @@ class DataJudge:
         if found is None or not self._regions:
             return None
         return self.said(found, phase)
+
+    def holds(self, state: CrashState, phase: int) -> bool:
+        """Whether a state's data partition is sound, with all that is synced in a phase."""
+        said = self.said(self.look(state), phase)
+        return said.clean and said.intact
+
+    def holds_spared(self, state: CrashState, phase: int) -> bool:
+        """Whether the medium destroyed data at rest in a state, and it would hold without that."""
+        gentler = spared(self.context.journal, state)
+        return gentler is not None and self.holds(gentler, phase)
 
     def said(self, found: DataContent, phase: int) -> DataChecked:
         """A check's event for a phase."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.disk.database import Database, Form
+from framework.database import Database, Form
 
 
 class FormError(Exception):

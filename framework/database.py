@@ -3,19 +3,22 @@
 A file says in its `application_id` what it is, and in `user_version` which version of it. Another
 program's database, or a newer version, is refused before a byte of it is changed. What is written
 is synced (WAL with `synchronous = FULL`): whatever ends the machine loses no finished transaction.
+
+Campaigns, farms and boards keep such files; this imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from attrs import frozen
 
-__all__ = ["Database", "Form"]
+__all__ = ["Database", "Form", "utc_now"]
 
 _BUSY_S: Final = 20.0
 
@@ -41,8 +44,15 @@ class Form:
     error: type[Exception]
 
 
+def utc_now() -> str:
+    """Now, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 class Database:
-    """An open file; it is made if it is missing, with its folder.
+    """An open file; it is made if it is missing, with its folder. A context manager.
+
+    Each kind of file is a subclass, which knows its tables.
 
     Raises:
         form.error: also from every method: it is damaged, newer than this program, another
@@ -60,6 +70,14 @@ class Database:
             except BaseException:
                 self._connection.close()
                 raise
+
+    def __enter__(self) -> Self:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self.close()
 
     def _open(self) -> None:
         form = self.form
