@@ -1,13 +1,15 @@
 """What labgrid's coordinator costs a farm run: getting a place and handing it back, 50 at once.
 
-    python tests/benchmarks/farm.py [--places 200] [--workers 50] [--rounds 4]
+    python tests/benchmarks/farm.py [--places 200] [--workers 50] [--rounds 3] [--hold 30]
 
 Real labgrid daemons: a coordinator and an exporter with one resource a place, which acquires it as
 for a board. Each worker does what a farm run's worker does (`framework.farm.tenure`): reserve,
 lease, lock; hold the place as a scenario would; unlock, clear the lease, cancel. What is timed is
 all but the holding, a run's scheduling overhead. First all ask at once, then each when it comes
 back. Processes of a few workers each, so that this program's own lock is not what is measured.
-Those times are the machine's, too; the coordinator's processor time a run hardly depends on it.
+Those times are the machine's, too; the coordinator's processor time a run hardly depends on it, and
+says how many workers it bears: with more runs a second than it can serve they queue, whatever the
+farm's size. So a place is held for as long as a short scenario takes on a board.
 
 The baseline is the same on a farm of four places with four workers, in the same run. With it the
 decision which scenario comes next (`framework.farm.queue`), for as many places.
@@ -198,8 +200,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--places", type=int, default=200)
     parser.add_argument("--workers", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--hold", type=float, default=2.0, help="seconds that a scenario takes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hold", type=float, default=30.0, help="seconds that a scenario takes")
     asked = parser.parse_args()
     print(f"load before: {os.getloadavg()[0]:.1f}; {os.cpu_count()} processors")
     small = measure(SMALL, SMALL, asked.rounds, asked.hold)
@@ -215,6 +217,10 @@ def main() -> None:
     print(
         f"the coordinator's processor time a run, ms: {1000 * small[2]:.0f} and "
         f"{1000 * large[2]:.0f}, ratio {large[2] / small[2]:.2f}"
+    )
+    print(
+        f"so it serves {1 / large[2]:.0f} runs a second: "
+        f"{(asked.hold + statistics.median(large[1])) / large[2]:.0f} workers at this hold"
     )
     chosen = decisions(asked.workers, 5000)
     print(f"what comes next, of 5,000 for {asked.workers} places, us:{'':6} {told(chosen, 1e6)}")
