@@ -424,4 +424,4 @@ def _owed(before: Timeline, phase: int, recovery: Timeline) -> Timeline:
 
 
 def _packed(journal: JournalReader) -> bytes:
-    return zstandard.ZstdCompressor(level=9).compress(journal.path.read_bytes())
+    return zstandard.ZstdCompressor().compress(journal.path.read_bytes())
