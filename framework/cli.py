@@ -30,9 +30,11 @@ from framework.explorer import (
     run_explore,
     run_import,
     run_record,
+    run_record_scenario,
 )
 from framework.farm_cli import farm
 from framework.report import ResultError, ResultStore, write_report
+from framework.report.results import name_of
 from framework.rig_cli import rig
 from framework.scenario.bench import BenchError
 from framework.targets.errors import InfrastructureError, RigError, SimulationError
@@ -164,17 +166,30 @@ RIG = click.option(
     metavar="PERCENT",
     help="have the disk store one bit wrong, that far into the first update's image",
 )
-def record(
+@click.option(
+    "--scenario",
+    default=None,
+    metavar="NODEID",
+    help="run this scenario instead, as pytest names it, with its faults and all; --from, --to and "
+    "--flip-bit are of no use then",
+)
+def record(  # noqa: PLR0917 - click passes by name
     rig: Path,
     base: str,
     variants: tuple[str, ...],
     output: Path | None,
     flip_bit: float | None,
+    scenario: str | None,
 ) -> None:
     """Record updates, each up to its commit or rollback, to cut them anywhere later.
 
     Example: brownout record --rig rigs/qemu-arm64.yaml --to v2
     """
+    if scenario is not None:
+        path = output or Path("build/explore") / f"{rig.stem}-{name_of(scenario)}{SUFFIX}"
+        if not run_record_scenario(rig, scenario, path, _console()):
+            sys.exit(EXIT_NOT_HELD)
+        return
     path = output or Path("build/explore") / f"{'-'.join((rig.stem, base, *variants))}{SUFFIX}"
     run_record(rig, base, variants, path, _console(), flip_percent=flip_bit)
 

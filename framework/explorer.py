@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,14 +22,14 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from framework.disk import MODELS, CacheModel, JournalReader, Kind, model_from
+from framework.disk import MODELS, CacheModel, DiskError, JournalReader, Kind, model_from
 from framework.disk.dmlogwrites import export_log, import_log
 from framework.explore.bundle import BundleError, open_state, read_bundle, write_bundle
 from framework.explore.deep import Deeper, DeepResult, DeepViolation, Retry
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
 from framework.explore.judges.context import Context, ContextError
-from framework.explore.recording import Recording, RecordingError, write_recording
+from framework.explore.recording import SUFFIX, Recording, RecordingError, write_recording
 from framework.explore.serve import StateMachine, Workplace
 from framework.explore.states import Coverage
 from framework.explore.timeline import SOURCE
@@ -127,6 +129,23 @@ def run_record(
             f"{recording.facts.get('outcome', '')}; {time.monotonic() - began:.0f} s"
         )
     return path
+
+
+def run_record_scenario(rig: Path, scenario: str, output: Path, console: Console) -> bool:
+    """Run a scenario with pytest, and record it; returns whether it passed.
+
+    Raises DiskError if nothing was recorded: pytest has said why.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".recording-", dir=output.parent) as folder:
+        command = [*(sys.executable, "-m", "pytest"), scenario, "--lg-env", str(rig)]
+        code = subprocess.run([*command, "--brownout-recordings", folder], check=False).returncode
+        made = sorted(Path(folder).glob(f"*{SUFFIX}"))
+        if len(made) != 1:
+            raise DiskError(f"{scenario}: {len(made)} scenarios were recorded, not one (see above)")
+        made[0].replace(output)
+    console.print(f"{output}: {'recorded' if not code else 'the scenario failed; recorded'}")
+    return code == 0
 
 
 def _spinner(console: Console) -> Progress:

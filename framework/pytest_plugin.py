@@ -30,16 +30,20 @@ import allure
 import pytest
 
 from framework.campaign.collect import Collector
+from framework.explore.recording import SUFFIX
 from framework.faults import Fault, MissingFeatureError, Trigger, UnfiredError
 from framework.network import FaultProxy
 from framework.report import ResultStore, cause_of
 from framework.report.allure import leave_context
+from framework.report.results import name_of
 from framework.scenario.arming import Faults, missing_features
 from framework.scenario.bench import Bench, BenchError, open_bench
+from framework.scenario.capture import Scribe, scribe_of
 from framework.scenario.device import Device, Update
 from framework.scenario.record import attach, record
 from framework.scenario.stage import staged_device, staged_faults
 from framework.targets.errors import InfrastructureError, RigError
+from framework.targets.qemu import RecordedQEMUDriver
 from framework.targets.rig import board_recipe, check_rig, load_rig, rig_features
 from framework.verdict import Outcome, Verdict, ViolationError
 from images import ImageError, Progress, build_target, recipe_names
@@ -82,6 +86,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="DIR",
         help="leave a bundle of each scenario in DIR (for `brownout replay`)",
+    )
+    group.addoption(
+        "--brownout-recordings",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="leave a recording of each scenario in DIR (for `brownout explore`)",
     )
     group.addoption(
         "--brownout-allure-history",
@@ -248,6 +259,10 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     except BenchError as error:
         raise pytest.UsageError(str(error)) from error
     with contextlib.closing(opened):
+        keeps = request.config.getoption("brownout_recordings") is not None
+        if keeps and not isinstance(opened.machine, RecordedQEMUDriver):
+            rig = Path(request.config.getoption("lg_env"))
+            raise pytest.UsageError(f"--brownout-recordings: the disks of {rig} are not recorded")
         yield opened
 
 
@@ -271,9 +286,16 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
     if store is not None:
         store.progress(nodeid, "begin", _title(request.node))
     bundles = request.config.getoption("brownout_bundles")
+    recordings = request.config.getoption("brownout_recordings")
+    scribes: list[Scribe] = []
+    listening = contextlib.ExitStack()
 
     def collect(made: Device) -> None:
         request.node.stash[DEVICE] = made
+        if recordings is not None:
+            scribe = listening.enter_context(scribe_of(made))
+            scribe.listen_to(proxy)
+            scribes.append(scribe)
         if bundles is not None:
             rig = Path(request.config.getoption("lg_env"))
             run_seed = int(request.config.getoption("brownout_seed"))
@@ -283,16 +305,23 @@ def device(request: pytest.FixtureRequest, bench: Bench, proxy: FaultProxy) -> I
     golden = getattr(bench.machine, "golden", base)
     if base != golden:
         pytest.skip(f"begins with {base}, and this board's recovery writes {golden}")
-    with staged_device(
-        bench,
-        proxy,
-        base,
-        say=say,
-        step=allure.step,
-        managed=request.node.get_closest_marker("managed") is not None,
-        prepare=collect,
-    ) as made:
+    with (
+        listening,
+        staged_device(
+            bench,
+            proxy,
+            base,
+            say=say,
+            step=allure.step,
+            managed=request.node.get_closest_marker("managed") is not None,
+            prepare=collect,
+        ) as made,
+    ):
+        for scribe in scribes:
+            scribe.synced()
         yield made
+    for scribe in scribes:
+        scribe.keep(bench, recordings / f"{name_of(nodeid)}{SUFFIX}")
 
 
 @pytest.fixture

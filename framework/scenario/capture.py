@@ -1,9 +1,9 @@
-"""Runs updates on an emulated rig, without a fault, and keeps a recording of them.
+"""Recordings of runs on an emulated rig: of updates without a fault, or of any scenario.
 
 The same façade as the scenarios' (`Device`): boot, leave a synced file, install, restart, let the
-device commit or roll back by itself. What the run promises on the way goes into the journal as
-marks (`framework.explore.timeline`), from the console's own thread, so that each stands between
-the operations where it was heard. Only emulated rigs: their disks are recorded.
+device commit or roll back by itself. What a run promises on the way goes into the journal as marks
+(`framework.explore.timeline`), those of the console from its own thread, so that each stands
+between the operations where it was heard. Only emulated rigs: their disks are recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict
+from attrs import Factory, asdict, define
 
 from framework.console import Line
 from framework.disk import DiskError, Fault, Inject, JournalReader, Repair, Trigger
@@ -29,7 +29,7 @@ from framework.scenario.device import CANARY_PATH, Device, Update
 from framework.scenario.layouts import SLOT_REGION, layout_of
 from framework.targets.errors import InfrastructureError
 from framework.targets.qemu import QmpEvent, RecordedQEMUDriver
-from framework.verdict import InstallStarted
+from framework.verdict import Event, ImageFacts, InstallEnded, InstallStarted, PowerCut
 
 Say = Callable[[str], None]
 
@@ -70,44 +70,22 @@ def record_on(
     """As `record_updates`, on a bench that is open."""
     say("starting")
     device = bench.device(base, say=say, step=contextlib.nullcontext)
-    machine = device.machine
-    if not isinstance(machine, RecordedQEMUDriver):
-        raise InfrastructureError("this rig's disks are not recorded, so it makes no recording")
-    recorder = machine.recorder
-
-    def heard(event: ProxyEvent) -> None:
-        with contextlib.suppress(DiskError):
-            recorder.mark("server", event.text)
-
     with (
+        scribe_of(device) as scribe,
         contextlib.closing(device),
-        FaultProxy((bench.server.host, bench.server.port), on_event=heard) as proxy,
+        FaultProxy((bench.server.host, bench.server.port), on_event=scribe.overheard) as proxy,
     ):
         updates = [bench.update(variant, proxy.port) for variant in variants]
-        _start(device)
+        boot = device.boot()
+        if not boot.ready:
+            raise InfrastructureError("the device did not become ready", evidence=boot.evidence)
+        scribe.synced()
         if flip_percent is not None:
             _flip_a_bit(device, updates[0], flip_percent)
         for update in updates:
-            with _promises(device, machine, update.name):
-                _update(device, update)
-        recorder.mark("scenario", f"ended: {'; '.join(device.did)}")
-        accelerator = machine.accelerator_used.name
+            _update(device, update)
     say("keeping the recording")
-    recorder.close()
-    facts = _facts(bench, device, accelerator)
-    facts["interfaces"] = {disk.name: disk.interface for disk in machine.description().disks}
-    facts |= {"base": base, "updates": list(variants), "artifacts": [u.name for u in updates]}
-    return write_recording(recorder.journal_path, destination, facts)
-
-
-def _start(device: Device) -> None:
-    """Power on; leave a synced file."""
-    boot = device.boot()
-    if not boot.ready:
-        raise InfrastructureError("the device did not become ready", evidence=boot.evidence)
-    assert device.canary_sha256 is not None
-    _promise(device, boot)
-    _promise(device, FileSynced(CANARY_PATH, device.canary_sha256))
+    return scribe.keep(bench, destination)
 
 
 def _flip_a_bit(device: Device, update: Update, percent: float) -> None:
@@ -121,9 +99,7 @@ def _flip_a_bit(device: Device, update: Update, percent: float) -> None:
 
 def _update(device: Device, update: Update) -> None:
     """One update, from the command to the next system that is ready."""
-    device.machine.recorder.mark("scenario", f"installing {update.name}")
-    _promise(device, InstallStarted(update.name))
-    _promise(device, device.install(update))
+    device.install(update)
     boot = device.reboot()
     if boot is None or not boot.ready:
         raise InfrastructureError(
@@ -133,30 +109,109 @@ def _update(device: Device, update: Update) -> None:
     device.read_status()
 
 
-def _promise(device: Device, event: Promise) -> None:
-    device.machine.recorder.mark(SOURCE, to_mark(event))
+@define
+class Scribe:
+    """Writes what a device promises into its journal; `scribe_of` makes one.
+
+    Attributes:
+        device: whose promises.
+        machine: its driver.
+        updates: names of the artifacts whose installation began, in order, each once.
+    """
+
+    device: Device
+    machine: RecordedQEMUDriver
+    updates: list[str] = Factory(list)
+    _artifact: str = ""
+
+    def listen_to(self, proxy: FaultProxy) -> None:
+        """Overhear a proxy that somebody else listens to already."""
+        told = proxy.on_event
+
+        def heard(event: ProxyEvent) -> None:
+            if told is not None:
+                told(event)
+            self.overheard(event)
+
+        proxy.on_event = heard
+
+    def overheard(self, event: ProxyEvent) -> None:
+        """A connection as the server's side sees it; from any thread."""
+        self._mark("server", event.text)
+
+    def synced(self) -> None:
+        """The file that the first start leaves is written and synced."""
+        if self.device.canary_sha256 is not None:
+            self._promise(FileSynced(CANARY_PATH, self.device.canary_sha256))
+
+    def keep(self, bench: Bench, destination: Path) -> Path:
+        """End the journal, and write the recording; the machine is off.
+
+        Raises DiskError if it can't be written.
+        """
+        device, recorder = self.device, self.machine.recorder
+        self._mark("scenario", f"ended: {'; '.join(device.did)}")
+        recorder.close()
+        facts = _facts(bench, device, self.machine.accelerator_used.name)
+        facts["interfaces"] = {d.name: d.interface for d in self.machine.description().disks}
+        facts["base"] = self._variant(device.base)
+        facts["updates"] = [self._variant(device.images[name]) for name in self.updates]
+        facts["artifacts"] = self.updates
+        return write_recording(recorder.journal_path, destination, facts)
+
+    def _variant(self, image: ImageFacts) -> str:
+        known = self.device.manifest.images.items()
+        return next((variant for variant, facts in known if facts == image), image.name)
+
+    def _witnessed(self, event: Event) -> None:
+        """An event of a step. A start after a cut counts as one that the device was told to do."""
+        match event:
+            case InstallStarted(artifact=name):
+                self._artifact = name
+                self.updates += [] if name in self.updates else [name]
+                self._mark("scenario", f"installing {name}")
+                self._promise(event)
+            case InstallEnded():
+                self._promise(event)
+            case PowerCut():
+                self._promise(Restarted())
+            case _:
+                pass
+
+    def _heard(self, line: Line) -> None:
+        uut = self.device.uut
+        ears = Ears(uut.boot_signs, uut.signs, uut.commit_state, self._artifact)
+        if line.direction == "RX" and (event := ears.event_in(line.text)) is not None:
+            self._promise(event)
+
+    def _happened(self, event: QmpEvent) -> None:
+        if event.name == "RESET":
+            self._promise(Restarted())
+
+    def _promise(self, event: Promise) -> None:
+        self._mark(SOURCE, to_mark(event))
+
+    def _mark(self, source: str, text: str) -> None:
+        with contextlib.suppress(DiskError):  # `check` tells it where someone can act
+            self.machine.recorder.mark(source, text)
 
 
 @contextlib.contextmanager
-def _promises(device: Device, machine: RecordedQEMUDriver, artifact: str) -> Iterator[None]:
-    """Put what console and monitor tell into the journal, on the threads that hear it."""
-    uut = device.uut
-    ears = Ears(uut.boot_signs, uut.signs, uut.commit_state, artifact)
+def scribe_of(device: Device) -> Iterator[Scribe]:
+    """A scribe that listens to a device, which is still off.
 
-    def heard(line: Line) -> None:
-        if line.direction == "RX" and (event := ears.event_in(line.text)) is not None:
-            with contextlib.suppress(DiskError):  # `check` tells it where someone can act
-                _promise(device, event)
-
-    def happened(event: QmpEvent) -> None:
-        if event.name == "RESET":
-            with contextlib.suppress(DiskError):
-                _promise(device, Restarted())
-
+    Raises InfrastructureError if its machine's disks are not recorded.
+    """
+    machine = device.machine
+    if not isinstance(machine, RecordedQEMUDriver):
+        raise InfrastructureError("this rig's disks are not recorded, so it makes no recording")
+    scribe = Scribe(device, machine)
+    device.on_event = scribe._witnessed
     with contextlib.ExitStack() as stack:
-        stack.callback(device.machine.pump.add_listener(heard))
-        stack.callback(machine.add_event_listener(happened))
-        yield
+        # On the threads that hear it.
+        stack.callback(machine.pump.add_listener(scribe._heard))
+        stack.callback(machine.add_event_listener(scribe._happened))
+        yield scribe
 
 
 def _repair(repair: Repair | None) -> dict[str, Any] | None:

@@ -162,6 +162,7 @@ class Device:
         before_retry: called before an update is tried again: the faults are over.
         before_power: called before power is given back after a cut.
         after_cut: called after a power cut, before power is given back.
+        on_event: called with each event of a step, when it is witnessed.
         data_reader: reads a data partition that is not ext4; None where it is.
         restart_expected: whether a fault makes the device restart, so that its doing so in the
             middle of a step is no failure of the rig.
@@ -177,6 +178,7 @@ class Device:
     before_retry: Callable[[], None] = lambda: None
     before_power: Callable[[], None] = lambda: None
     after_cut: Callable[[CutRecord], None] = lambda cut: None
+    on_event: Callable[[Event], None] = lambda event: None
     restart_expected: Callable[[], bool] = lambda: False
     data_reader: DataReader | None = None
     events: list[Event] = Factory(list)
@@ -516,6 +518,7 @@ class Device:
     def _event(self, event: Event) -> None:
         self._harvest()
         self.events.append(event)
+        self.on_event(event)
 
     @contextlib.contextmanager
     def _step(self, text: str, source: str) -> Iterator[None]:

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from framework.disk import DiskError
 from framework.explore.bundle import open_state, read_bundle
 from framework.explore.examine import Bounds
 from framework.explore.recording import Recording
-from framework.explorer import Wish, parse_models, run_boot_state, run_explore, run_record
+from framework.explorer import (
+    Wish,
+    parse_models,
+    run_boot_state,
+    run_explore,
+    run_record,
+    run_record_scenario,
+)
 
 pytestmark = pytest.mark.emulated
 
@@ -87,3 +95,45 @@ def test_a_commit_that_is_acknowledged_too_early_is_caught_and_its_state_can_be_
         assert exported.stat().st_size == disk.size_bytes
         with exported.open("rb") as file:
             assert all(file.read(len(chunk)) == chunk for chunk in disk.chunks())
+
+
+EARLY = """
+import pytest
+
+@pytest.mark.update("v2+early-acknowledgement")
+def test_an_update_without_a_fault(device, update):
+    device.update(update)
+"""
+
+
+def test_a_scenario_is_recorded_with_its_cut_and_cut_again_everywhere(tmp_path):
+    path = tmp_path / "cut.recording"
+    scenario = "scenarios/test_power.py::test_cut_in_the_middle_of_the_image"
+    assert run_record_scenario(RIG, scenario, path, Console(file=io.StringIO()))
+    with Recording(path) as recording:
+        cut = recording.reader.cuts[0]
+        assert cut.operation < len(recording.reader.operations), "nothing of what came after"
+        assert (recording.facts["base"], recording.facts["updates"]) == ("v1", ["v2"])
+    models = ("prefix", "subset", "torn")
+    judges = ("static", "data", "coldboot")
+    code, result = explored(
+        path, tmp_path, judges=judges, bounds=Bounds(data=300, cold_boots=3), models=models
+    )
+    assert (code, result["disagreements"]) == (0, [])
+    assert result["states"] > 50_000
+
+
+def test_a_bug_that_no_fault_of_the_scenario_shows_is_found_in_its_recording(tmp_path):
+    (tmp_path / "test_early.py").write_text(EARLY, encoding="utf-8")
+    path = tmp_path / "early.recording"
+    scenario = f"{tmp_path / 'test_early.py'}::test_an_update_without_a_fault"
+    assert run_record_scenario(RIG, scenario, path, Console(file=io.StringIO()))
+    code, result = explored(path, tmp_path, judges=("static",), bounds=Bounds(), models=MODELS[:2])
+    assert code == 1
+    assert 3 in {row["invariant"] for row in result["violations"] if row["counts"]}
+
+
+def test_a_scenario_that_there_is_not_is_no_recording(tmp_path):
+    with pytest.raises(DiskError, match="0 scenarios were recorded, not one"):
+        run_record_scenario(RIG, "scenarios/test_none.py::test_x", tmp_path / "x", Console())
+    assert list(tmp_path.iterdir()) == []
