@@ -25,7 +25,7 @@ from rich.table import Table
 from framework.disk import MODELS, CacheModel, DiskError, JournalReader, Kind, model_from
 from framework.disk.dmlogwrites import export_log, import_log
 from framework.explore.bundle import BundleError, open_state, read_bundle, write_bundle
-from framework.explore.deep import Deeper, DeepResult, DeepViolation, Retry
+from framework.explore.deep import DATA_LIMIT, Deeper, DeepResult, DeepViolation, Retry
 from framework.explore.ears import Ears
 from framework.explore.examine import Bounds, Examination, Examiner, Violation
 from framework.explore.judges.context import Context, ContextError
@@ -317,7 +317,9 @@ def _explore_one(
         examiner = Examiner(context, machine, ears_of(facts), _Display(progress), wish.seed)
         if wish.bounds.deep:
             retries = stack.enter_context(serve_retries(facts, rig))
-            examiner.deeper = deeper_for(facts, retries)
+            examiner.deeper = evolve(
+                deeper_for(facts, retries), data=max(DATA_LIMIT, wish.bounds.data)
+            )
         for models in _by_honesty(models_for(wish, facts)):
             exploration = examiner.explore(
                 models, exhaustive_up_to=wish.exhaustive_up_to, samples=wish.samples

@@ -46,7 +46,7 @@ from framework.verdict import InstallEnded, InstallStarted
 from framework.verdict.invariants import EXIT_OK, EXIT_REBOOT_NEEDED
 
 DATA_LIMIT: Final = 400
-"""Most distinct data partitions of a recovery that are checked; the rest is counted."""
+"""Most distinct data partitions of a recovery that are checked, unless asked for more."""
 RETRY_TIMEOUT_S: Final = 300.0
 _OF_DATA: Final = (5, 6)
 """Invariants that a lost data partition breaks: it is sound, and updates succeed on it."""
@@ -79,6 +79,7 @@ class Deeper:
             lie must not pass for a lie's.
         retries: by artifact, how to try its update again; empty: nothing is tried again.
         exhaustive_up_to, samples: as `engine.explore` takes them.
+        data: most distinct data partitions of a recovery that are checked; the rest is counted.
     """
 
     models: tuple[CacheModel, ...] = (PrefixCache(), VolatileCache())
@@ -86,6 +87,7 @@ class Deeper:
     retries: Mapping[str, Retry] = field(factory=dict)
     exhaustive_up_to: int = 10
     samples: int = 300
+    data: int = DATA_LIMIT
 
 
 @frozen
@@ -371,7 +373,7 @@ def judge_recovery(
         )
         explored.append(exploration)
         for crash_class in exploration.classes:
-            if len(data.checked) < DATA_LIMIT:
+            if len(data.checked) < deeper.data:
                 data.check(crash_class)
             elif data.key(crash_class) not in data.checked:
                 unchecked.add(data.key(crash_class))

@@ -55,7 +55,7 @@ def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
         path,
         tmp_path,
         judges=("static", "data", "mount", "uboot", "coldboot"),
-        bounds=Bounds(data=60, mounts=6, decisions=8, cold_boots=2, deep=1),
+        bounds=Bounds(data=1500, mounts=6, decisions=8, cold_boots=2, deep=1),
     )
     assert result["disagreements"] == []
     assert code == 0, result["violations"]
@@ -70,6 +70,7 @@ def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
     (depth,) = result["depth_two"]
     assert depth["booted"] == 1 < depth["keys"] == 1 + len(depth["left"])
     assert depth["retried"] == 1
+    assert [row["data_unchecked"] for row in result["deep"]] == [0], "more than by default"
     assert depth["classes"] - depth["unknown"] == depth["covered"] + sum(
         n for _, n in depth["left"]
     )
