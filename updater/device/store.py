@@ -72,9 +72,11 @@ _KEEP_OUTCOMES = 100
 # _MISMATCH, which no statement here has caused in tables of a schema that is known: then the
 # schema's own text is damaged ("no such column").
 _DAMAGED = (11, 26, 1, 19, 20)
-# SQLITE_IOERR_READ, _SHORT_READ and _WRITE: a store is opened by reading, and where an unfinished
+# SQLITE_IOERR_READ, _SHORT_READ and _CORRUPTFS, which is what SQLite's own VFS makes of EIO
+# (unixRead in os_unix.c); and _WRITE: a store is opened by reading, and where an unfinished
 # transaction is undone, by writing parts of blocks, which are read first.
-_UNREADABLE = (10 | 1 << 8, 10 | 2 << 8, 10 | 3 << 8)
+_UNREAD = (10 | 1 << 8, 10 | 2 << 8, 10 | 33 << 8)
+_UNREADABLE = (*_UNREAD, 10 | 3 << 8)
 
 
 def _is_damage(error: sqlite3.DatabaseError | ValueError) -> bool:
@@ -88,7 +90,7 @@ def _is_damage(error: sqlite3.DatabaseError | ValueError) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
         return isinstance(error, sqlite3.OperationalError) and "decode" in str(error)
-    return code in _UNREADABLE[:2] or code & 0xFF in _DAMAGED
+    return code in _UNREAD or code & 0xFF in _DAMAGED
 
 
 def database_path(data_dir: str) -> str:
@@ -407,13 +409,14 @@ class SqliteStore:
         It is, too, where a request to the medium failed once and succeeds now. Without a journal
         there was no transaction: then what can't be read is lost.
         """
-        if getattr(error, "sqlite_errorcode", 0) not in _UNREADABLE:
-            return False
+        mended = 0
         try:
             journal = f"{self._path}-journal"
             if self._files.exists(journal):
-                self._files.mend(journal)
-                self._files.mend(self._path)
+                mended = self._files.mend(journal) + self._files.mend(self._path)
+            # A journal that can't be read makes SQLite say "malformed", too.
+            if not mended and getattr(error, "sqlite_errorcode", 0) not in _UNREADABLE:
+                return False
             connection = self._open()
         except (sqlite3.DatabaseError, OSError):
             return False

@@ -37,7 +37,8 @@ class _File(apsw.VFSFile):
         try:
             return self._disk.read(self._name, offset, amount)
         except FileSystemError as error:
-            raise _in_sqlite(error, apsw.SQLITE_IOERR_READ) from error
+            # As SQLite's own VFS says of EIO (unixRead in os_unix.c).
+            raise _in_sqlite(error, apsw.SQLITE_IOERR_CORRUPTFS) from error
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
         try:
