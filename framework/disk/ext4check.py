@@ -200,7 +200,7 @@ class Ext4Image:
         words = ""
         for backup in repair.backups:
             where = ("-b", str(backup), "-B", str(repair.block_bytes))
-            if _e2fsck(self.path, "-n", *where)[0] >= _FAILED:
+            if not _is_copy(_e2fsck(self.path, "-n", *where)[0]):
                 continue
             with self.path.open("r+b") as file:
                 file.write(bytes(repair.block_bytes))
@@ -241,6 +241,15 @@ class Ext4Image:
 
     def _reader(self, source: _ImageFile) -> ExtReader:
         return ExtReader(source, 0, self._length, self.unreadable)
+
+
+def _is_copy(code: int) -> bool:
+    """Whether there is a superblock where `e2fsck -n -b` looked for it, by its exit code.
+
+    8 alone says that there is none. With 4 beside it there is a file system, with an error that -n
+    could not get past (e2fsck(8), EXIT CODE).
+    """
+    return code < 2 * _FAILED and code & (_FAILED | _LEFT_UNCORRECTED) != _FAILED
 
 
 def _pages(at: int, size: int) -> tuple[int, int]:

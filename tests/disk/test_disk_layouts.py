@@ -480,6 +480,26 @@ def test_a_lost_superblock_is_mended_by_a_device_that_does_so_and_by_no_other(
 
 
 @needs("mke2fs", "e2fsck", "debugfs")
+def test_a_lost_superblock_before_a_damaged_directory_is_mended(tree, tmp_path):
+    """What `e2fsck -n` can't get past is no reason to take a copy for none."""
+    image = make_ext(tree, tmp_path / "fs.img", GROUPS)
+    block = int(run("debugfs", "-R", "blocks /lost+found", image).split()[0])
+    with image.open("r+b") as file:
+        for at, size in ((2 * S, S), (4096 * block, 4096)):
+            file.seek(at)
+            file.write(random.Random(at).randbytes(size))
+    looked = subprocess.run(
+        ["e2fsck", "-n", "-b", "1024", "-B", "4096", image], check=False, capture_output=True
+    )
+    assert looked.returncode == 12, "it is got past: this shows nothing"
+    with disk_of(image) as disk:
+        result = check_ext4(disk, 0, 24 * MIB, read=["/block"], repair=MENDS)
+    assert result.clean, result.output
+    assert result.mended
+    assert result.files["/block"] == (tree / "block").read_bytes()
+
+
+@needs("mke2fs", "e2fsck", "debugfs")
 def test_torn_group_descriptors_do_not_cost_what_only_the_journal_holds(tree, tmp_path):
     image = make_ext(tree, tmp_path / "fs.img", GROUPS)
     block = run("debugfs", "-R", "blocks /block", image).split()[0]

@@ -283,6 +283,26 @@ def test_a_data_partition_whose_head_is_torn_is_mended_from_the_copies_of_it(
     assert bench.said("BROWNOUT DATA-FAILED") == 0
 
 
+def test_a_torn_head_before_a_damaged_directory_is_mended(
+    built: Callable[..., TargetImages], make_disk: Callable[..., Disk], tmp_path: Path
+) -> None:
+    """A start looks for a copy with `e2fsck -n`, which can't get past such a directory."""
+    bench = Bench(make_disk(built("qemu-arm64", "v2")), tmp_path / "log")
+    bench.boot("echo kept > /data/x; sync")
+    partition = bench.disk.partitions["data"]
+    part = tmp_path / "data.img"
+    part.write_bytes(bench.disk.read(partition["offset"], partition["size"]))
+    found = subprocess.run(
+        ["debugfs", "-R", "blocks /lost+found", part], check=True, capture_output=True, text=True
+    )
+    bench.disk.write(partition["offset"] + 4096 * int(found.stdout.split()[0]), GARBAGE * 4096)
+    bench.disk.write(partition["offset"] + 1024, GARBAGE * 512)
+    with bench.on() as machine:
+        assert machine.boot() == ("v1", "a")
+        assert machine.run("cat /data/x") == "kept"
+    assert bench.said("BROWNOUT DATA-FAILED") == 0
+
+
 def test_damage_behind_a_superblock_that_says_clean_is_mended(
     built: Callable[..., TargetImages], make_disk: Callable[..., Disk], tmp_path: Path
 ) -> None:

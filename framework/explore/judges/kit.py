@@ -158,7 +158,7 @@ def _mend(repair: Repair | None) -> str:
 if ! check; then
     for backup in {" ".join(map(str, repair.backups))}; do
         e2fsck -n -b $backup -B {repair.block_bytes} "$device" > /dev/null 2>&1
-        [ $? -lt 8 ] || continue
+        case $? in [0-7] | 1[2-5]) ;; *) continue ;; esac
         busybox dd if=/dev/zero of="$device" bs={repair.block_bytes} count=1 conv=fsync 2> /dev/null
         check -b $backup -B {repair.block_bytes} && break
     done
