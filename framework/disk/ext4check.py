@@ -40,7 +40,9 @@ _MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in
 _PLENTY: Final = 16
 """How often a partition has to fit: several are checked at once."""
 _LEFT_UNCORRECTED: Final = 4
-_FAILED: Final = 8
+_MAGIC_AT: Final = 0x38
+_MAGIC: Final = b"\x53\xef"
+"""In a superblock, and in each copy of it."""
 _USUAL: Final = re.compile(
     r"e2fsck [^\n]*|[^\n]*: recovering journal|Pass \d: [^\n]*|"
     r"Free (?:blocks|inodes) count wrong \(\d+, counted=\d+\)\.|Fix\? yes|"
@@ -78,11 +80,11 @@ class Repair:
 
     `e2fsck -fy`; if that fails, which it does without a superblock that can be read, the file
     system's first block is written with zeros, and `e2fsck -fy` begins with a copy of the
-    superblock. Always a whole check (`-f`): a repair that a cut ended may have left a superblock
-    that calls the file system clean, and then `-y` alone does nothing. Not the `e2fsck -p` that
-    distributions run: where the group descriptors are damaged it deletes the journal (1.47), and
-    files that were synced are gone with it; `-y` takes a copy of the descriptors and replays the
-    journal.
+    superblock: a block that has a superblock's magic. Always a whole check (`-f`): a repair that a
+    cut ended may have left a superblock that calls the file system clean, and then `-y` alone does
+    nothing. Not the `e2fsck -p` that distributions run: where the group descriptors are damaged it
+    deletes the journal (1.47), and files that were synced are gone with it; `-y` takes a copy of
+    the descriptors and replays the journal.
 
     Attributes:
         block_bytes: the file system's block size.
@@ -199,11 +201,13 @@ class Ext4Image:
     def _from_copies(self, repair: Repair, code: int) -> tuple[int, str]:
         words = ""
         for backup in repair.backups:
-            where = ("-b", str(backup), "-B", str(repair.block_bytes))
-            if not _is_copy(_e2fsck(self.path, "-n", *where)[0]):
-                continue
             with self.path.open("r+b") as file:
+                file.seek(backup * repair.block_bytes + _MAGIC_AT)
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    continue
+                file.seek(0)
                 file.write(bytes(repair.block_bytes))
+            where = ("-b", str(backup), "-B", str(repair.block_bytes))
             code, more = _e2fsck(self.path, "-fy", *where)
             words += more
             if code < _LEFT_UNCORRECTED:
@@ -241,15 +245,6 @@ class Ext4Image:
 
     def _reader(self, source: _ImageFile) -> ExtReader:
         return ExtReader(source, 0, self._length, self.unreadable)
-
-
-def _is_copy(code: int) -> bool:
-    """Whether there is a superblock where `e2fsck -n -b` looked for it, by its exit code.
-
-    8 alone says that there is none. With 4 beside it there is a file system, with an error that -n
-    could not get past (e2fsck(8), EXIT CODE).
-    """
-    return code < 2 * _FAILED and code & (_FAILED | _LEFT_UNCORRECTED) != _FAILED
 
 
 def _pages(at: int, size: int) -> tuple[int, int]:

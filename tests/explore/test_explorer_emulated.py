@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from framework.disk import DiskError
+from framework.disk import Decision, DiskError
+from framework.disk.state import Unreadable
 from framework.explore.bundle import open_state, read_bundle
 from framework.explore.examine import Bounds
+from framework.explore.judges.context import Context
+from framework.explore.judges.data import DataJudge
+from framework.explore.layout import Role
 from framework.explore.recording import Recording
+from framework.explore.serve import StateMachine, Workplace
+from framework.explore.states import CrashState
 from framework.explorer import (
     Wish,
+    ears_of,
+    machine_of,
     parse_models,
     run_boot_state,
     run_explore,
@@ -26,6 +34,11 @@ pytestmark = pytest.mark.emulated
 
 RIG = Path(__file__).parents[2] / "rigs" / "qemu-arm64.yaml"
 MODELS = ("kept", "prefix", "subset")
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("honest"), "v1", "v2")
 
 
 def record(tmp_path, base: str, update: str) -> Path:
@@ -48,8 +61,8 @@ def explored(path, tmp_path, *, judges, bounds, models=MODELS):
     return code, json.loads(out.getvalue())["recordings"][0]
 
 
-def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
-    path = record(tmp_path, "v1", "v2")
+def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(honest, tmp_path):
+    path = honest
     assert path.stat().st_size < 8 << 20
     code, result = explored(
         path,
@@ -77,6 +90,27 @@ def test_every_cut_of_an_honest_update_holds_and_real_boots_agree(tmp_path):
     report = (tmp_path / "report.html").read_text()
     assert "<svg" in report
     assert not any(sign in report for sign in ("src=", "href=", "url(", "<script", "@import"))
+
+
+def test_a_start_mends_a_data_partition_whose_first_page_of_flash_cannot_be_read(honest):
+    """Superblock, descriptors and bitmaps at once: `e2fsck -n` ends with 8, as where nothing is."""
+    with Recording(honest) as recording:
+        context = Context.of(recording.reader, recording.facts)
+        (data,) = (r for r in context.layout.all_regions() if r.role is Role.DATA)
+        part = data.ranges[0]
+        device = recording.reader.devices.index(part.device)
+        lost = Decision(unreadable=(Unreadable(device, part.offset, 16384),))
+        state = CrashState(len(recording.reader.operations), lost, "torn-page")
+        assert DataJudge(context).look(state).clean
+        signs = ears_of(recording.facts).boot
+        with (
+            Workplace() as place,
+            state.disks(recording.reader) as disks,
+            StateMachine(machine_of(recording.facts, RIG), disks, place) as machine,
+        ):
+            heard = machine.run([signs.ready, signs.data_lost], 90, stop_on=lambda match: True)
+    assert [match.re for match in heard.matches] == [signs.ready]
+    assert "BROWNOUT DATA-REPAIR" in heard.console
 
 
 def test_a_commit_that_is_acknowledged_too_early_is_caught_and_its_state_can_be_made_again(

@@ -157,8 +157,9 @@ def _mend(repair: Repair | None) -> str:
     return f"""check() {{ e2fsck -fy "$@" "$device" > /dev/null 2>&1; [ $? -lt 4 ]; }}
 if ! check; then
     for backup in {" ".join(map(str, repair.backups))}; do
-        e2fsck -n -b $backup -B {repair.block_bytes} "$device" > /dev/null 2>&1
-        case $? in [0-7] | 1[2-5]) ;; *) continue ;; esac
+        magic=$(busybox dd if="$device" bs=1 skip=$((backup * {repair.block_bytes} + 56)) count=2 \
+            2> /dev/null | busybox od -An -tx1)
+        case $magic in *53?ef*) ;; *) continue ;; esac
         busybox dd if=/dev/zero of="$device" bs={repair.block_bytes} count=1 conv=fsync 2> /dev/null
         check -b $backup -B {repair.block_bytes} && break
     done
