@@ -172,6 +172,9 @@ class RecordedQEMUDriver(
         watchdog: `i6300esb` or empty; watchdog_address: its PCI device number
         extra_args: list of further QEMU arguments, or one string
         accelerator: `auto` (probed), `tcg` or `kvm`
+        deterministic: whether its time is counted in instructions (`-icount`), so that the same
+            run does the same to its disks; then TCG runs it, it has no watchdog, and can have no
+            network. May be set while the machine is off, on one whose network is left alone
         start_deadline_s: how long QEMU itself may take to start
         log_dir: where console logs are kept (relative to the rig file)
         deaths: further console texts (bounded patterns) that end any wait
@@ -195,6 +198,7 @@ class RecordedQEMUDriver(
     watchdog_address: Any = attr.ib(None)
     extra_args: Any = attr.ib(factory=list)
     accelerator: str = _text("auto")
+    deterministic: bool = attr.ib(False, attr.validators.instance_of(bool))
     start_deadline_s: float = attr.ib(15.0, converter=float)
     log_dir: str = _text("")
     deaths: Any = attr.ib(factory=list)
@@ -261,6 +265,13 @@ class RecordedQEMUDriver(
         parse_address(f"{where}.watchdog_address", self.watchdog_address)
         if self.accelerator not in ("auto", "tcg", "kvm"):
             raise RigError(f"{where}.accelerator: {self.accelerator!r}; known: auto, tcg, kvm")
+        if self.deterministic and self.accelerator == "kvm":
+            raise RigError(f"{where}.deterministic: instructions are counted under tcg, not kvm")
+        if self.deterministic and self._network is not None:
+            raise RigError(
+                f"{where}.deterministic: the machine's time runs ahead of any network: write "
+                "'network: none'"
+            )
         if not re.fullmatch(r"[1-9]\d*[MG]", self.memory):
             raise RigError(f"{where}.memory: {self.memory!r} must be like 512M or 2G")
         if self.cpus < 1:
@@ -309,7 +320,7 @@ class RecordedQEMUDriver(
             cpu=self.cpu,
             memory=self.memory,
             cpus=self.cpus,
-            accelerator=self._accel.name,
+            accelerator="tcg" if self.deterministic else self._accel.name,
             firmware=images.firmware,
             pflash=pflash or images.pflash,
             kernel=images.kernel,
@@ -320,6 +331,7 @@ class RecordedQEMUDriver(
             watchdog_address=self.watchdog_address,
             extra_args=tuple(self.extra_args),
             clock=self._clock,
+            deterministic=self.deterministic,
         )
 
     def preflight(self) -> None:

@@ -1,0 +1,110 @@
+"""How a bundle's run is repeated: in real time, or in a machine whose time is its own.
+
+A *deterministic* machine counts instructions instead of looking at the host's clock (QEMU's
+`-icount`, docs/devel/tcg-icount.rst): while the guest waits, its time leaps to its next timer. Two
+runs then do the same to the disk, in the same order. Nothing outside has that time: an answer from
+the network would come hours later. So a run is repeated like this if it had no network.
+
+It is not bit for bit: when the disk answers is the host's time, and what the guest's clock says by
+then differs. A trigger that counts flushes or all operations can strike elsewhere on a busy host;
+one that counts writes does not. Pure functions over bundles and journals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from framework.campaign.bundle import Bundle, BundleError
+from framework.disk import JournalReader, Kind
+
+KINDS: Final = {
+    Kind.WRITE: "write",
+    Kind.DISCARD: "discard",
+    Kind.ZEROES: "write-zeroes",
+}
+OPTION: Final = "--brownout-deterministic"
+"""What makes a session of pytest deterministic."""
+
+
+@frozen
+class Manner:
+    """How a run is repeated.
+
+    Attributes:
+        deterministic: whether the machine's time is its own.
+        why: in words.
+        exact: whether the operations must agree as well: the run itself was deterministic.
+    """
+
+    deterministic: bool
+    why: str
+    exact: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What pytest has to be told."""
+        return (OPTION,) if self.deterministic else ()
+
+    def __str__(self) -> str:
+        """The manner in one line."""
+        compared = "; every disk operation is compared" if self.exact else ""
+        return f"{'deterministic' if self.deterministic else 'in real time'}: {self.why}{compared}"
+
+
+REAL_TIME: Final = Manner(False, "not asked for")
+
+
+def used_network(bundle: Bundle) -> bool:
+    """Whether the run used the network; bundles before version 3 don't say, but show it."""
+    if bundle.network is not None:
+        return bundle.network
+    connected = any(source == "network" for _, source, _ in bundle.timeline)
+    return connected or any(step.startswith("installing") for step in bundle.steps)
+
+
+def manner_of(bundle: Bundle, features: frozenset[str], wanted: bool | None = None) -> Manner:
+    """How to repeat a run on a rig with these features; `wanted` is what the user said.
+
+    Raises:
+        BundleError: a deterministic run is wanted, and can't be had.
+    """
+    why_not = ""
+    if "emulated" not in features:
+        why_not = "the rig is not emulated"
+    elif used_network(bundle):
+        why_not = "the run used the network"
+    if wanted and why_not:
+        raise BundleError(f"{bundle.scenario}: can't be deterministic: {why_not}")
+    if why_not or wanted is False:
+        return Manner(False, why_not or "as wanted")
+    return Manner(True, "the run had no network", exact=bundle.deterministic)
+
+
+def operations_of(journal: Path) -> tuple[str, ...]:
+    """What a journal's operations did to its disks, in the order of their arrival, in words.
+
+    A flush straight after another one does nothing, and is left out: how many flushes that are
+    asked for at the same time Linux makes of one depends on when the disk answers, and that is the
+    host's time (block/blk-flush.c).
+
+    Raises:
+        DiskError: it is no journal.
+    """
+    done: list[str] = []
+    with JournalReader(journal) as reader:
+        found = reader.operations
+        columns = (found.kind, found.device, found.offset, found.length)
+        for kind, device, offset, length in zip(*(c.tolist() for c in columns), strict=True):
+            name = reader.devices[device]
+            if Kind(kind) is not Kind.FLUSH:
+                done.append(f"{KINDS[Kind(kind)]} of {length} bytes at {offset} of {name}")
+            elif not done or done[-1] != _flush(name):
+                done.append(_flush(name))
+    return tuple(done)
+
+
+def _flush(device: str) -> str:
+    return f"flush of {device}"
