@@ -2,8 +2,8 @@
 
 A *deterministic* machine counts instructions instead of looking at the host's clock (QEMU's
 `-icount`, docs/devel/tcg-icount.rst): while the guest waits, its time leaps to its next timer. Two
-runs then do the same to the disk, in the same order. Nothing outside has that time: an answer from
-the network would come hours later. So a run is repeated like this if it had no network.
+runs then do the same to the disk. Nothing outside has that time: an answer from the network would
+come hours later. So a run is repeated like this if it had no network.
 
 It is not bit for bit: when the disk answers is the host's time, and what the guest's clock says by
 then differs. A trigger that counts flushes or all operations can strike elsewhere on a busy host;
@@ -84,25 +84,36 @@ def manner_of(bundle: Bundle, features: frozenset[str], wanted: bool | None = No
 
 
 def operations_of(journal: Path) -> tuple[str, ...]:
-    """What a journal's operations did to its disks, in the order of their arrival, in words.
+    """What a journal's operations did to its disks, in words, flush by flush.
 
-    A flush straight after another one does nothing, and is left out: how many flushes that are
-    asked for at the same time Linux makes of one depends on when the disk answers, and that is the
-    host's time (block/blk-flush.c).
+    Between two flushes a disk owes no order, and operations stand in that of their places: which of
+    two of the kernel's threads comes first there depends on when the disk answers, and that is the
+    host's time. So does how many of the flushes that are asked for at the same time Linux makes one
+    (block/blk-flush.c): one straight after another does nothing, and is left out.
 
     Raises:
         DiskError: it is no journal.
     """
     done: list[str] = []
+    open_ones: list[tuple[int, int, int, str]] = []
+
+    def settle() -> None:
+        done.extend(words for *_, words in sorted(open_ones))
+        open_ones.clear()
+
     with JournalReader(journal) as reader:
         found = reader.operations
         columns = (found.kind, found.device, found.offset, found.length)
         for kind, device, offset, length in zip(*(c.tolist() for c in columns), strict=True):
             name = reader.devices[device]
             if Kind(kind) is not Kind.FLUSH:
-                done.append(f"{KINDS[Kind(kind)]} of {length} bytes at {offset} of {name}")
-            elif not done or done[-1] != _flush(name):
+                words = f"{KINDS[Kind(kind)]} of {length} bytes at {offset} of {name}"
+                open_ones.append((device, offset, length, words))
+                continue
+            settle()
+            if not done or done[-1] != _flush(name):
                 done.append(_flush(name))
+        settle()
     return tuple(done)
 
 

@@ -619,6 +619,7 @@ def expected(composition: Composition) -> list[Cell]:
 
 _SWITCH: Final = 1.0
 """Where the state that switches slots begins in an installation, as `_span` counts."""
+_NEARLY_LOADED: Final = 0.9
 _ENDING: Final = (
     *(PowerCut, KernelPanic, Hang, ProcessKilled, Interrupt, WrongContent, BadCertificate),
     *(ServerAnswers, StorageError, ReadOnly, NameGone, BitFlip, DataFull),
@@ -702,9 +703,17 @@ def _follows(placed: Placed, stage: Stage | None) -> bool:
     """Whether a chain's second trigger may still come when its first fault has struck."""
     trigger = placed.fault.trigger
     assert isinstance(trigger, After)
-    if trigger.then is None or not isinstance(trigger.then, AtState | ConsoleSays | OnRecord):
-        return True
-    return _span(trigger.then, stage)[0] > _span(trigger.first.trigger, stage)[0]
+    begun = _span(trigger.first.trigger, stage)[0]
+    match trigger.then:
+        case AtState() | ConsoleSays() | OnRecord():
+            return _span(trigger.then, stage)[0] > begun
+        case SlotWrite() | Downloaded():
+            # Counted from then on: so much must be left.
+            return begun + _span(trigger.then, stage)[0] < _SWITCH
+        case StreamByte():
+            return begun < _NEARLY_LOADED
+        case _:
+            return True
 
 
 def _span(trigger: Trigger | None, stage: Stage | None) -> tuple[float, float]:

@@ -169,11 +169,14 @@ def _flipped_bit(composition: Composition, placed: Placed) -> bool:
 
 
 def _is_installed(composition: Composition, placed: Placed) -> bool:
-    """Whether the step installs an image with the bug, and gets to its switch."""
+    """Whether the step installs an image with the bug, gets to its switch, and the image runs."""
     step = composition.steps[placed.step]
     first = _first_of(placed.fault)
+    late = isinstance(first, Fault) and span(first.trigger, "install")[0] > 1.8
     return (
         step.image.partition("+")[0] in PLANTED
+        and composition.steps[placed.step + 1].action != "rollback"
+        and not late  # a share of the image that is counted from then on never comes
         and not before(composition, placed, SWITCHED)
         and (first is None or not ends(first))
     )

@@ -183,6 +183,27 @@ def test_a_device_whose_time_is_its_own_does_not_go_online() -> None:
 # -- what is compared --------------------------------------------------------------------------
 
 
+def test_between_two_flushes_no_order_is_compared_but_across_one_it_is(tmp_path: Path) -> None:
+    def journal(name: str, *order: int) -> tuple[str, ...]:
+        (tmp_path / name).mkdir()
+        base = tmp_path / name / "base.img"
+        base.write_bytes(bytes(MIB))
+        recorder = Recorder([DeviceSpec("vda", base)], tmp_path / name / "run").start()
+        with Client(recorder.endpoint("vda").socket, "vda") as client:
+            for number, at in enumerate(order):
+                client.write(at * 4096, bytes(4096))
+                if number == 1:
+                    client.flush()
+        recorder.close()
+        return operations_of(recorder.journal_path)
+
+    was = journal("a", 1, 2, 3)
+    assert compare(was, journal("b", 2, 1, 3)) is None
+    parted = compare(was, journal("c", 1, 3, 2))
+    assert parted is not None
+    assert parted.number == 2
+
+
 def recorded(folder: Path, *, wrong_at: int | None = None, flushes: int = 1) -> Path:
     """A journal of ten writes, each flushed; one may go to another place."""
     base = folder / "base.img"

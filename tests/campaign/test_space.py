@@ -147,6 +147,7 @@ def test_what_never_strikes_where_it_is_expected_is_not_tried_for_ever() -> None
 # -- what prevents what --------------------------------------------------------------------------
 
 WRITE_ERROR = storage_error("write", area="passive slot", count=1).when(slot_write(percent=40))
+LATE = connection("fin").when(downloaded(percent=90))
 NO_CABLE = link_down().when(console("BROWNOUT INIT slot="))
 ROLLING = power_cut().when(state("ArtifactRollback"))
 SICK = (Step("install", "unhealthy"), Step("restart"))
@@ -176,6 +177,9 @@ SICK = (Step("install", "unhealthy"), Step("restart"))
             ((0, WRITE_ERROR), (0, power_cut().when(after(WRITE_ERROR, flush(1))))),
             (False, True),
         ),
+        (UPDATE, ((0, LATE), (0, CUT.when(after(LATE, slot_write(percent=30))))), (False, True)),
+        (UPDATE, ((0, LATE), (0, CUT.when(after(LATE, slot_write(percent=5))))), (False, False)),
+        (UPDATE, ((0, LATE), (0, CUT.when(after(LATE, state("Download"))))), (False, True)),
         (
             UPDATE,
             ((0, brown_out(3).when(flush(1))), (0, CUT.when(after(brown_out(3).when(flush(1)))))),
