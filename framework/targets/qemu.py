@@ -104,6 +104,10 @@ _REAP_S = 2.0
 _WATCHDOG_S = 15.0
 _RESET_STALL_S = 0.1  # no firmware writes a disk so soon after a reset (U-Boot: 0.15 s)
 _EVENTS_KEPT = 1000
+#: How a deterministic machine rests: silent for so long, at most so long, looked at so often.
+_QUIET_S = 2.0
+_MOST_REST_S = 60.0
+_LOOK_S = 0.1
 _SEED_BITS = 32
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 
@@ -481,6 +485,21 @@ class RecordedQEMUDriver(
             process.told.wait(_REAP_S)
         with self._lock:  # held while an end is handled
             return
+
+    def rest(self, quiet_s: float = _QUIET_S, most_s: float = _MOST_REST_S) -> None:
+        """Wait until a deterministic machine has written nothing for so long.
+
+        What it has to do in the next minutes is done then, since its time leaps while it waits. So
+        a command finds the same, whenever the host comes to type it.
+        """
+        began = last = time.monotonic()
+        seen = self.recorder.operations
+        while not self.power_lost.wait(_LOOK_S):
+            now = time.monotonic()
+            if self.recorder.operations != seen:
+                seen, last = self.recorder.operations, now
+            if now - last >= quiet_s or now - began >= most_s:
+                return
 
     def starved_s(self, since_monotonic_s: float) -> float:
         """How long since then the host kept the machine (or its disks) from running, in seconds."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from attrs import evolve
@@ -29,6 +32,7 @@ from framework.faults import MissingFeatureError
 from framework.scenario.device import Device
 from framework.targets.errors import RigError
 from framework.targets.machine import Machine, command_line
+from framework.targets.qemu import RecordedQEMUDriver
 from framework.targets.rig import check_rig, load_rig
 
 RIG = Path("rigs/qemu-arm64.yaml")
@@ -178,6 +182,39 @@ def test_a_device_whose_time_is_its_own_does_not_go_online() -> None:
     device.machine = Offline()  # type: ignore[assignment]
     with pytest.raises(MissingFeatureError, match="installing v2 needs a network"):
         device.goes_online("installing v2")
+
+
+class Disk:
+    """Counts operations, one a look while there are any left."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+        self.done = 0
+
+    @property
+    def operations(self) -> int:
+        if self.left > 0:
+            self.left -= 1
+            self.done += 1
+        return self.done
+
+
+@pytest.mark.parametrize(
+    ("left", "lost", "at_least_s", "at_most_s"),
+    [(12, False, 0.5, 5), (0, False, 0.2, 5), (float("inf"), False, 0.9, 5), (50, True, 0, 0.2)],
+    ids=["busy at first", "quiet", "never quiet", "power is lost"],
+)
+def test_a_machine_rests_until_its_disk_is_quiet(
+    left: float, lost: bool, at_least_s: float, at_most_s: float
+) -> None:
+    disk, power_lost = Disk(left), threading.Event()
+    if lost:
+        power_lost.set()
+    machine = SimpleNamespace(recorder=disk, power_lost=power_lost)
+    began = time.monotonic()
+    RecordedQEMUDriver.rest(machine, quiet_s=0.2, most_s=1.0)  # type: ignore[arg-type]
+    assert at_least_s <= time.monotonic() - began < at_most_s
+    assert lost or disk.left in (0, float("inf"))
 
 
 # -- what is compared --------------------------------------------------------------------------
