@@ -73,7 +73,8 @@ def run_replay(
     if done.divergence is not None:
         console.print(str(done.divergence), markup=False)
     if done.reproduced:
-        console.print("reproduced")
+        note = f", {done.note}" if done.note else ""
+        console.print(f"reproduced{note}", markup=False)
     return done.reproduced
 
 

@@ -12,12 +12,14 @@ one that counts writes does not. Pure functions over bundles and journals.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from framework.campaign.bundle import Bundle, BundleError
+from framework.campaign.steps import Divergence, compare
 from framework.disk import JournalReader, Kind
 
 KINDS: Final = {
@@ -25,6 +27,10 @@ KINDS: Final = {
     Kind.DISCARD: "discard",
     Kind.ZEROES: "write-zeroes",
 }
+RESTED: Final = "rest"
+"""The source of the marks in a journal that tell where a machine rested."""
+_FLUSH: Final = "flush of "
+Operations = tuple[tuple[str, ...], ...]
 OPTION: Final = "--brownout-deterministic"
 """What makes a session of pytest deterministic."""
 
@@ -83,39 +89,74 @@ def manner_of(bundle: Bundle, features: frozenset[str], wanted: bool | None = No
     return Manner(True, "the run had no network", exact=bundle.deterministic)
 
 
-def operations_of(journal: Path) -> tuple[str, ...]:
-    """What a journal's operations did to its disks, in words, flush by flush.
+def operations_of(journal: Path) -> Operations:
+    """What a journal's operations did to its disks, in words, step by step and flush by flush.
 
-    Between two flushes a disk owes no order, and operations stand in that of their places: which of
-    two of the kernel's threads comes first there depends on when the disk answers, and that is the
-    host's time. So does how many of the flushes that are asked for at the same time Linux makes one
+    A step ends where a deterministic machine has rested (before each command), or lost its power.
+    Between two flushes a disk owes no order, and operations stand in that of their places. How many
+    of the flushes that are asked for at the same time Linux makes one is the host's time
     (block/blk-flush.c): one straight after another does nothing, and is left out.
 
     Raises:
         DiskError: it is no journal.
     """
-    done: list[str] = []
+    steps: list[list[str]] = [[]]
     open_ones: list[tuple[int, int, int, str]] = []
 
     def settle() -> None:
-        done.extend(words for *_, words in sorted(open_ones))
+        steps[-1].extend(words for *_, words in sorted(open_ones))
         open_ones.clear()
 
     with JournalReader(journal) as reader:
         found = reader.operations
-        columns = (found.kind, found.device, found.offset, found.length)
-        for kind, device, offset, length in zip(*(c.tolist() for c in columns), strict=True):
+        rests = {mark.after_operation for mark in reader.marks if mark.source == RESTED}
+        columns = (found.kind, found.device, found.offset, found.length, found.cycle)
+        cycle = 0
+        for number, (kind, device, offset, length, now) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
+            if number in rests or now != cycle:
+                settle()
+                steps.append([])
+                cycle = now
             name = reader.devices[device]
             if Kind(kind) is not Kind.FLUSH:
                 words = f"{KINDS[Kind(kind)]} of {length} bytes at {offset} of {name}"
                 open_ones.append((device, offset, length, words))
                 continue
             settle()
-            if not done or done[-1] != _flush(name):
-                done.append(_flush(name))
+            if steps[-1][-1:] != [f"{_FLUSH}{name}"]:
+                steps[-1].append(f"{_FLUSH}{name}")
         settle()
-    return tuple(done)
+    return tuple(tuple(step) for step in steps)
 
 
-def _flush(device: str) -> str:
-    return f"flush of {device}"
+def compare_operations(was: Operations, now: Operations) -> tuple[Divergence | None, str]:
+    """Where two runs part, and if they don't, what else there is to say.
+
+    What the kernel writes back by itself comes when its timers say, and a run whose disk answered
+    at other moments is through them in another order. That is told, and is no divergence: each step
+    has done the same in the end.
+    """
+    parted = compare(_all(was), _all(now), "disk operation")
+    if parted is None:
+        return None, ""
+    before = 0
+    for number in range(max(len(was), len(now))):
+        old = was[number] if number < len(was) else ()
+        new = now[number] if number < len(now) else ()
+        if _written(old) != _written(new):
+            there = compare(old, new, "disk operation")
+            assert there is not None
+            return evolve(there, number=before + there.number), ""
+        before += len(old)
+    return None, f"in another order from disk operation {parted.number} on, within a step"
+
+
+def _all(operations: Operations) -> list[str]:
+    return [one for step in operations for one in step]
+
+
+def _written(step: tuple[str, ...]) -> Counter[str]:
+    """What a step did but for its flushes, in any order."""
+    return Counter(one for one in step if not one.startswith(_FLUSH))

@@ -27,7 +27,14 @@ from framework.campaign.bundle import (
     read_bundle,
     unpack_journal,
 )
-from framework.campaign.manner import REAL_TIME, Manner, manner_of, operations_of
+from framework.campaign.manner import (
+    REAL_TIME,
+    Manner,
+    Operations,
+    compare_operations,
+    manner_of,
+    operations_of,
+)
 from framework.campaign.steps import Divergence, compare
 from framework.disk import BaseImageError, DiskError, JournalReader, LazyDisk, UnreadableSectorError
 from framework.targets.errors import RigError
@@ -49,11 +56,13 @@ class Replayed:
         disks: differences of rebuilt disks, in words; empty if all are the same.
         divergence: where the run parted from the bundle's; None if it did not, or was not asked.
         verdict: the new run's verdict; empty if it was not asked for.
+        note: what else there is to say of the run, in words.
     """
 
     disks: tuple[str, ...]
     divergence: Divergence | None
     verdict: str
+    note: str = ""
 
     @property
     def reproduced(self) -> bool:
@@ -128,7 +137,7 @@ class Ran:
     """A run that was made again: its bundle, and its disks' operations if they were asked for."""
 
     bundle: Bundle
-    operations: tuple[str, ...] = ()
+    operations: Operations = ()
 
     @classmethod
     def of(cls, path: Path, *, exact: bool) -> Ran:
@@ -137,7 +146,7 @@ class Ran:
         return cls(bundle, operations_in(path, bundle) if exact else ())
 
 
-def operations_in(path: Path, bundle: Bundle) -> tuple[str, ...]:
+def operations_in(path: Path, bundle: Bundle) -> Operations:
     """The operations in a bundle's journal; none without one. Raises BundleError."""
     if not bundle.journal_sha256:
         return ()
@@ -148,15 +157,17 @@ def operations_in(path: Path, bundle: Bundle) -> tuple[str, ...]:
             raise BundleError(f"bundle {path}: {error}") from error
 
 
-def compare_runs(path: Path, bundle: Bundle, again: Ran, *, exact: bool) -> Divergence | None:
-    """Where a run parts from its bundle, at an event, or if `exact` an operation.
+def compare_runs(
+    path: Path, bundle: Bundle, again: Ran, *, exact: bool
+) -> tuple[Divergence | None, str]:
+    """Where a run parts from its bundle, at an event, or if `exact` an operation; and a note.
 
     Raises BundleError.
     """
     parted = compare(course_of(bundle), course_of(again.bundle))
     if parted is None and exact:
-        parted = compare(operations_in(path, bundle), again.operations, "disk operation")
-    return parted
+        return compare_operations(operations_in(path, bundle), again.operations)
+    return parted, ""
 
 
 def run_again(bundle: Bundle, rig: Path, say: Say, manner: Manner = REAL_TIME) -> Ran:
@@ -253,8 +264,8 @@ def replay(
     manner = manner_of(bundle, features_of(rig), deterministic)
     say(str(manner))
     again = run_again(bundle, rig, say, manner)
-    parted = compare_runs(path, bundle, again, exact=manner.exact)
-    return Replayed(disks, parted, again.bundle.verdict)
+    parted, note = compare_runs(path, bundle, again, exact=manner.exact)
+    return Replayed(disks, parted, again.bundle.verdict, note)
 
 
 def features_of(rig: Path) -> frozenset[str]:

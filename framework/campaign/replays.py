@@ -67,7 +67,8 @@ class Again:
         parts = [f"not the same: {difference}" for difference in self.replayed.disks]
         if self.replayed.divergence is not None:
             parts.append(str(self.replayed.divergence))
-        return "; ".join(parts) or "reproduced"
+        note = f", {self.replayed.note}" if self.replayed.note else ""
+        return "; ".join(parts) or f"reproduced{note}"
 
 
 def replay_all(
@@ -127,8 +128,8 @@ def replay_all(
 def _compared(
     path: Path, bundle: Bundle, disks: tuple[str, ...], ran: Ran, manner: Manner
 ) -> Replayed:
-    parted = compare_runs(path, bundle, ran, exact=manner.exact)
-    return Replayed(disks, parted, ran.bundle.verdict)
+    parted, note = compare_runs(path, bundle, ran, exact=manner.exact)
+    return Replayed(disks, parted, ran.bundle.verdict, note)
 
 
 def _run_session(scenarios: Sequence[str], rig: Path, seed: int, manner: Manner) -> Iterator[Ran]:

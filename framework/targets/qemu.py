@@ -499,6 +499,7 @@ class RecordedQEMUDriver(
             if self.recorder.operations != seen:
                 seen, last = self.recorder.operations, now
             if now - last >= quiet_s or now - began >= most_s:
+                self.recorder.mark("rest", "the machine has nothing more to do")
                 return
 
     def starved_s(self, since_monotonic_s: float) -> float:

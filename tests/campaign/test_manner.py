@@ -23,11 +23,18 @@ from test_bundle import A_BUNDLE
 
 from framework.campaign import Bundle, BundleError, read_bundle, write_bundle
 from framework.campaign.bundle import FACTS
-from framework.campaign.manner import OPTION, manner_of, operations_of, used_network
+from framework.campaign.manner import (
+    OPTION,
+    RESTED,
+    Operations,
+    compare_operations,
+    manner_of,
+    operations_of,
+    used_network,
+)
 from framework.campaign.replay import Ran, compare_runs, operations_in, replay
-from framework.campaign.steps import compare
 from framework.cli import main
-from framework.disk import DeviceSpec, Recorder
+from framework.disk import DeviceSpec, Recorder, VolatileCache
 from framework.faults import MissingFeatureError
 from framework.scenario.device import Device
 from framework.targets.errors import RigError
@@ -126,7 +133,7 @@ def a_machine(**changes: object) -> Machine:
 def test_a_deterministic_machine_counts_instructions() -> None:
     line = command_line(a_machine(deterministic=True), console_fd=3, qmp_fd=4, exports={})
     text = " ".join(line)
-    assert "-icount shift=4,sleep=off" in text
+    assert "-icount shift=0,sleep=off" in text
     assert "-rtc clock=vm" in text
     assert "-seed 1" in text
     assert "i6300esb" not in text, "time leaps while it waits: a watchdog would end it"
@@ -190,6 +197,10 @@ class Disk:
     def __init__(self, left: float) -> None:
         self.left = left
         self.done = 0
+        self.marks: list[str] = []
+
+    def mark(self, source: str, text: str) -> None:
+        self.marks.append(source)
 
     @property
     def operations(self) -> int:
@@ -215,13 +226,16 @@ def test_a_machine_rests_until_its_disk_is_quiet(
     RecordedQEMUDriver.rest(machine, quiet_s=0.2, most_s=1.0)  # type: ignore[arg-type]
     assert at_least_s <= time.monotonic() - began < at_most_s
     assert lost or disk.left in (0, float("inf"))
+    assert disk.marks == ([] if lost else [RESTED])
 
 
 # -- what is compared --------------------------------------------------------------------------
 
 
-def test_between_two_flushes_no_order_is_compared_but_across_one_it_is(tmp_path: Path) -> None:
-    def journal(name: str, *order: int) -> tuple[str, ...]:
+def test_between_two_flushes_no_order_is_compared_and_across_one_it_is_told(
+    tmp_path: Path,
+) -> None:
+    def journal(name: str, *order: int) -> Operations:
         (tmp_path / name).mkdir()
         base = tmp_path / name / "base.img"
         base.write_bytes(bytes(MIB))
@@ -235,10 +249,39 @@ def test_between_two_flushes_no_order_is_compared_but_across_one_it_is(tmp_path:
         return operations_of(recorder.journal_path)
 
     was = journal("a", 1, 2, 3)
-    assert compare(was, journal("b", 2, 1, 3)) is None
-    parted = compare(was, journal("c", 1, 3, 2))
-    assert parted is not None
-    assert parted.number == 2
+    assert compare_operations(was, journal("b", 2, 1, 3)) == (None, "")
+    told = (None, "in another order from disk operation 2 on, within a step")
+    assert compare_operations(was, journal("c", 1, 3, 2)) == told
+
+
+def test_across_a_rest_or_a_cut_an_order_is_a_divergence(tmp_path: Path) -> None:
+    def journal(name: str, end: str, *order: int) -> Operations:
+        (tmp_path / name).mkdir()
+        base = tmp_path / name / "base.img"
+        base.write_bytes(bytes(MIB))
+        recorder = Recorder([DeviceSpec("vda", base)], tmp_path / name / "run").start()
+        for at in order:
+            with Client(recorder.endpoint("vda").socket, "vda") as client:
+                client.write(at * 4096, bytes(4096))
+                client.flush()
+            if end == "cut":
+                recorder.cut(VolatileCache(), seed=1)
+            elif end:
+                recorder.mark(RESTED, "nothing more to do")
+        recorder.close()
+        return operations_of(recorder.journal_path)
+
+    for end in ("cut", "rest"):
+        parted, _ = compare_operations(
+            journal(f"{end} a", end, 1, 2), journal(f"{end} b", end, 2, 1)
+        )
+        assert str(parted).startswith("diverged at disk operation 1: "), end
+        late, _ = compare_operations(journal(f"{end} c", end, 1, 2), journal(f"{end} d", end, 1, 3))
+        assert str(late).startswith("diverged at disk operation 3: "), end
+        short, _ = compare_operations(journal(f"{end} e", end, 1, 2), journal(f"{end} f", end, 1))
+        assert str(short).endswith("it is [the run ended]"), end
+    same = compare_operations(journal("none a", "", 1, 2), journal("none b", "", 2, 1))
+    assert same[0] is None
 
 
 def recorded(folder: Path, *, wrong_at: int | None = None, flushes: int = 1) -> Path:
@@ -258,11 +301,11 @@ def recorded(folder: Path, *, wrong_at: int | None = None, flushes: int = 1) -> 
 
 def test_the_operations_of_a_disk_are_compared_one_by_one(tmp_path: Path) -> None:
     was = operations_of(recorded(tmp_path / "was"))
-    assert len(was) == 20
-    assert was[:2] == ("write of 4096 bytes at 0 of vda", "flush of vda")
-    assert compare(was, operations_of(recorded(tmp_path / "now")), "disk operation") is None
+    assert len(was[0]) == 20
+    assert was[0][:2] == ("write of 4096 bytes at 0 of vda", "flush of vda")
+    assert compare_operations(was, operations_of(recorded(tmp_path / "now"))) == (None, "")
     planted = operations_of(recorded(tmp_path / "planted", wrong_at=3))
-    assert str(compare(was, planted, "disk operation")) == (
+    assert str(compare_operations(was, planted)[0]) == (
         "diverged at disk operation 7: it was [write of 4096 bytes at 12288 of vda], "
         "it is [write of 4096 bytes at 94208 of vda]"
     )
@@ -282,17 +325,17 @@ def test_a_planted_operation_is_told_only_of_runs_that_were_deterministic(tmp_pa
     other = tmp_path / "b.bundle"
     write_bundle(other, bundle, "", recorded(tmp_path / "now", wrong_at=9))
     again = Ran.of(other, exact=True)
-    told = str(compare_runs(path, bundle, again, exact=True))
+    told = str(compare_runs(path, bundle, again, exact=True)[0])
     assert told.startswith("diverged at disk operation 19: ")
-    assert compare_runs(path, bundle, again, exact=False) is None
-    assert compare_runs(path, bundle, Ran.of(path, exact=True), exact=True) is None
+    assert compare_runs(path, bundle, again, exact=False) == (None, "")
+    assert compare_runs(path, bundle, Ran.of(path, exact=True), exact=True) == (None, "")
 
 
 def test_an_event_is_told_before_an_operation(tmp_path: Path) -> None:
     path = tmp_path / "a.bundle"
     bundle = write_bundle(path, evolve(QUIET, deterministic=True), "", recorded(tmp_path / "was"))
     again = Ran(evolve(bundle, steps=(*bundle.steps[:2], "did not start")), ())
-    assert str(compare_runs(path, bundle, again, exact=True)) == (
+    assert str(compare_runs(path, bundle, again, exact=True)[0]) == (
         "diverged at event 3: it was [started v1 in slot a], it is [did not start]"
     )
 
@@ -320,7 +363,7 @@ def test_two_replays_do_the_same_to_the_disk_and_a_planted_difference_is_told(
     path = made(tmp_path)
     bundle = read_bundle(path)
     assert (bundle.network, bundle.deterministic) == (False, True)
-    assert len(operations_in(path, bundle)) > 50
+    assert sum(len(step) for step in operations_in(path, bundle)) > 50
     said: list[str] = []
     for _ in range(2):
         done = replay(path, RIG, said.append)
@@ -330,5 +373,3 @@ def test_two_replays_do_the_same_to_the_disk_and_a_planted_difference_is_told(
     parted = replay(path, RIG, said.append).divergence
     assert parted is not None
     assert str(parted).startswith("diverged at disk operation ")
-    assert "of 8192 bytes" in parted.was
-    assert "of 12288 bytes" in parted.now
