@@ -11,7 +11,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +28,7 @@ from framework.campaign.ledger import (
     Ledger,
     Run,
     outcome_from_values,
+    program,
 )
 from framework.campaign.perform import Performed, needs
 from framework.campaign.plan import (
@@ -121,7 +121,7 @@ def run_campaign(wish: Wish, place: Place, console: Console) -> int:
                 plant=wish.plant,
                 rigs=tuple(rig.name for rig in wish.rigs),
                 bound=wish.bound,
-                program=metadata.version("brownout"),
+                program=program(),
                 cells=len(cells),
                 started=utc_now(),
             )

@@ -486,6 +486,11 @@ def simulate(  # noqa: PLR0917 - click passes them by name
     metavar="K",
     help="which cut's disks --console and --gdb boot",
 )
+@click.option(
+    "--deterministic/--real-time",
+    default=None,
+    help="count the machine's time in instructions  [default: where the run had no network]",
+)
 @BASE
 def replay(  # noqa: PLR0917 - click passes them by name
     bundles: tuple[Path, ...],
@@ -494,9 +499,13 @@ def replay(  # noqa: PLR0917 - click passes them by name
     console: bool,
     gdb: bool,
     cut: int,
+    deterministic: bool | None,
     bases: dict[str, Path],
 ) -> None:
     """Do a bundle's run again: `reproduced`, or `diverged at event K`.
+
+    A run without network is done again in deterministic mode; if it was made so, every disk
+    operation has to agree as well.
 
     Several bundles, or a folder of them, end in a table. Exit codes: 0 all reproduced, 1 one came
     out otherwise, 2 a bundle or rig can't be used, 130 interrupted.
@@ -510,7 +519,10 @@ def replay(  # noqa: PLR0917 - click passes them by name
             raise click.UsageError("--console and --gdb take one bundle")
         replayer.run_console(paths[0], rig, cut, terminal, gdb=gdb, bases=bases)
         return
-    if not replayer.run_replay(paths, rig, terminal, disks_only=disks_only, bases=bases):
+    done = replayer.run_replay(
+        paths, rig, terminal, disks_only=disks_only, bases=bases, deterministic=deterministic
+    )
+    if not done:
         raise SystemExit(EXIT_NOT_HELD)
 
 

@@ -30,6 +30,7 @@ import allure
 import pytest
 
 from framework.campaign.collect import Collector
+from framework.campaign.manner import OPTION
 from framework.explore.recording import SUFFIX
 from framework.faults import Fault, MissingFeatureError, Trigger, UnfiredError
 from framework.network import FaultProxy
@@ -107,6 +108,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="I/N",
         help="run only the Ith of N shares of the scenarios (one process each, without xdist)",
+    )
+    group.addoption(
+        OPTION,
+        action="store_true",
+        help="count the machine's time in instructions, so that a scenario without network does "
+        "the same to the disks in each run; scenarios with network are skipped",
     )
     group.addoption(
         "--brownout-seed",
@@ -256,7 +263,9 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         pytest.skip("needs a rig: pytest --lg-env rigs/qemu-arm64.yaml")
     try:
         opened = open_bench(request, _variants(request.session.items))
-    except BenchError as error:
+        if request.config.getoption(OPTION.removeprefix("--").replace("-", "_")):
+            opened.make_deterministic()
+    except (BenchError, RigError) as error:
         raise pytest.UsageError(str(error)) from error
     with contextlib.closing(opened):
         keeps = request.config.getoption("brownout_recordings") is not None

@@ -51,32 +51,40 @@ def run_replay(
     *,
     disks_only: bool,
     bases: Mapping[str, Path] | None = None,
+    deterministic: bool | None = None,
 ) -> bool:
-    """Do bundles again; whether all came out the same. Raises BundleError for a single one."""
+    """Do bundles again; whether all came out the same. Raises BundleError for a single one.
+
+    `deterministic`: whether the machines' time is to be their own; None: where there was no
+    network.
+    """
     if len(paths) > 1:
-        return _run_many(paths, rig, console, disks_only, bases)
+        return _run_many(paths, rig, console, disks_only, bases, deterministic)
     done = replay(
         paths[0],
         rig_for(read_bundle(paths[0]), rig),
         lambda text: console.print(text, markup=False, soft_wrap=True),
         disks_only=disks_only,
         bases=bases,
+        deterministic=deterministic,
     )
     for difference in done.disks:
         console.print(f"not the same: {difference}", markup=False)
     if done.divergence is not None:
         console.print(str(done.divergence), markup=False)
     if done.reproduced:
-        console.print("reproduced")
+        note = f", {done.note}" if done.note else ""
+        console.print(f"reproduced{note}", markup=False)
     return done.reproduced
 
 
-def _run_many(
+def _run_many(  # noqa: PLR0917 - what, where, and how
     paths: Sequence[Path],
     rig: Path | None,
     console: Console,
     disks_only: bool,
     bases: Mapping[str, Path] | None,
+    deterministic: bool | None,
 ) -> bool:
     columns = (
         TextColumn("{task.description}"),
@@ -98,6 +106,7 @@ def _run_many(
             done,
             disks_only=disks_only,
             bases=bases,
+            deterministic=deterministic,
         )
     console.print(_table(ended))
     idle = sum(again.idle for again in ended)

@@ -26,7 +26,7 @@ from framework.campaign.field import (
     rank_states,
     read_failure,
 )
-from framework.campaign.ledger import Ledger
+from framework.campaign.ledger import Campaign, Ledger, Run, program
 from framework.campaign.plan import Rig, repeat_command
 from framework.campaign.space import candidates, expected, name_of
 from framework.campaign.symptoms import match
@@ -192,10 +192,22 @@ def _in_ledger(symptoms: Mapping[str, str], path: Path, search: Search) -> list[
                         ),
                         agrees=one.match.same,
                         differs=one.match.different,
-                        command=repeat_command(rig, campaign.seed, key, campaign.plant),
+                        command=_repeat(campaign, one.run, rig),
                     )
                 )
     return sorted(made, key=lambda candidate: -candidate.score)[: search.top]
+
+
+def _repeat(campaign: Campaign, run: Run, rig: str) -> str:
+    """The command that does a ledger's run again.
+
+    Of another program's numbers something else would be drawn here; its bundle holds.
+    """
+    if campaign.program == program():
+        return repeat_command(rig, campaign.seed, (run.index, run.candidate), campaign.plant)
+    if run.outcome is not None and run.outcome.bundle:
+        return f"brownout replay {run.outcome.bundle}"
+    return f"# drawn by brownout {campaign.program}, and by no other version"
 
 
 def _on_rig(

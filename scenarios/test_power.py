@@ -25,10 +25,24 @@ from framework.scenario.arming import Faults
 from framework.scenario.bench import Bench
 from framework.scenario.device import Device, Update
 
+APPLICATIONS = (
+    "for n in 1 2 3 4 5 6 7 8 9; do dd if=/dev/zero of=/data/work-$n bs=4096 count=$n conv=fsync"
+    " 2>/dev/null; mv /data/work-$n /data/done-$n; sync; done"
+)
+"""What applications do: files written, synced, and renamed, one after the other."""
 pytestmark = [
     allure.feature("Power"),
     pytest.mark.lg_feature("power-cut"),
 ]
+
+
+@allure.story("Cut without an update")
+@pytest.mark.parametrize("model", ["subset", "torn"])
+def test_cut_while_applications_write(device: Device, faults: Faults, model: str) -> None:
+    """No update is under way: applications write files and sync them, and the power goes."""
+    faults.power_cut(model=model).when(writes_to("data", nth=30))
+    device.operate(APPLICATIONS)
+    device.restore()
 
 
 @allure.story("Cut while the image is written")

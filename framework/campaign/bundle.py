@@ -26,8 +26,10 @@ from typing import IO, Any, Final
 import zstandard
 from attrs import asdict, evolve, field, frozen
 
-FORMAT: Final = 2
-"""2: a campaign's run, with its composition. A scenario's is written as 1, as it ever was."""
+FORMAT: Final = 3
+"""2: a campaign's run, with its composition. 3: how its machine ran, `network` and `deterministic`.
+A bundle is written in the oldest version that has everything in it."""
+WITH_MACHINE: Final = 3
 SUFFIX: Final = ".bundle"
 FACTS: Final = "bundle.json"
 RIG: Final = "rig.yaml"
@@ -95,6 +97,8 @@ class Bundle:
         bases: path and hash of the disks' base images, by device.
         journal_sha256: of the journal, unpacked; empty without one.
         composition: of a campaign's run, `Composition` as plain values; else None.
+        network: whether the device used the network; None: not known, or there is no such thing.
+        deterministic: whether the machine's time was counted in instructions.
         format: the version that it is written in.
     """
 
@@ -115,6 +119,8 @@ class Bundle:
     bases: dict[str, tuple[str, str]] = field(factory=dict)
     journal_sha256: str = ""
     composition: dict[str, Any] | None = None
+    network: bool | None = None
+    deterministic: bool = False
     format: int = 1
 
 
@@ -132,9 +138,12 @@ def write_bundle(
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             if journal is not None:
                 bundle = _with_journal(bundle, archive, journal)
-            fields = asdict(_in_its_version(bundle))
+            bundle = _in_its_version(bundle)
+            fields = asdict(bundle)
             if bundle.composition is None:
                 del fields["composition"]
+            if bundle.format < WITH_MACHINE:
+                del fields["network"], fields["deterministic"]
             rig_text = fields.pop("rig_text")
             archive.writestr(FACTS, json.dumps(fields, indent=1, sort_keys=True))
             archive.writestr(RIG, rig_text)
@@ -149,7 +158,10 @@ def write_bundle(
 
 def _in_its_version(bundle: Bundle) -> Bundle:
     """The oldest version that has everything in it."""
-    return evolve(bundle, format=1 if bundle.composition is None else FORMAT)
+    version = 1 if bundle.composition is None else 2
+    if bundle.network is not None or bundle.deterministic:
+        version = WITH_MACHINE
+    return evolve(bundle, format=version)
 
 
 def _with_journal(bundle: Bundle, archive: zipfile.ZipFile, journal: Path) -> Bundle:
@@ -286,4 +298,8 @@ def _from_values(fields: Mapping[str, Any]) -> Bundle:
             raise TypeError(f"{name} is no text")
     if not isinstance(values.get("composition"), dict | None):
         raise TypeError("the composition is none")
+    if not isinstance(values.get("network"), bool | None):
+        raise TypeError("network is neither true nor false")
+    if not isinstance(values.get("deterministic", False), bool):
+        raise TypeError("deterministic is neither true nor false")
     return Bundle(**values)

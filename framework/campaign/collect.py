@@ -99,6 +99,8 @@ class Collector:
                 images={name: facts.sha256 for name, facts in device.images.items()},
                 bases=bases,
                 composition=composition,
+                network=device.used_network,
+                deterministic=device.deterministic,
             ),
             console="".join(format_line(line) for line in device.console_lines()),
             journal=journal,

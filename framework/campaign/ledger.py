@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from attrs import asdict, field, frozen
 
 from framework.campaign.errors import LedgerError
 from framework.campaign.perform import Performed
-from framework.campaign.space import Cell
+from framework.campaign.space import MAPPING, Cell
 from framework.database import Database, Form, utc_now
 
 LEDGER_VERSION: Final = 1
@@ -72,7 +73,7 @@ class Campaign:
         plant: the bug planted into the images; empty for none.
         rigs: the rig files' names.
         bound: such as `300 runs` or `45 minutes`.
-        program: the program's version.
+        program: the program's version, and that of the way from numbers to compositions.
         cells: how many cells there are to cover.
         started, ended: when, UTC; ended is None while it goes on, or was interrupted.
         spent_s: seconds that it ran, over all its sessions.
@@ -141,15 +142,12 @@ class Ledger(Database):
             ]
 
     def open_campaign(self, wanted: Campaign) -> tuple[Campaign, bool]:
-        """The unfinished campaign that is the same as `wanted`, or a new one; and whether it is."""
+        """The unfinished campaign that is the same as `wanted`, or a new one; and whether it is.
+
+        Another program draws other compositions of the same numbers: its campaigns are others.
+        """
         for campaign in reversed(self.campaigns()):
-            same = (campaign.seed, campaign.plant, campaign.rigs, campaign.bound)
-            if campaign.ended is None and same == (
-                wanted.seed,
-                wanted.plant,
-                wanted.rigs,
-                wanted.bound,
-            ):
+            if campaign.ended is None and _sameness(campaign) == _sameness(wanted):
                 return campaign, False
         self.execute(
             "INSERT INTO campaign (seed, plant, rigs, bound, program, cells, started) "
@@ -233,6 +231,16 @@ class Ledger(Database):
             (campaign.number,),
         )
         return Counter({Cell(*row[:3]): int(row[3]) for row in rows})
+
+
+def _sameness(campaign: Campaign) -> tuple[object, ...]:
+    """What two sessions of one campaign have in common."""
+    return (campaign.seed, campaign.plant, campaign.rigs, campaign.bound, campaign.program)
+
+
+def program() -> str:
+    """What draws compositions here: the program's version, and the mapping's."""
+    return f"{metadata.version('brownout')}, compositions {MAPPING}"
 
 
 def _run(key: int, *row: Any) -> Run:

@@ -22,7 +22,7 @@ from attrs import define, evolve, field, frozen
 from framework.campaign.bundle import BundleError
 from framework.campaign.collect import Collector
 from framework.campaign.composition import Composition, Step, is_sick
-from framework.campaign.space import Cell, fault_name, trigger_name
+from framework.campaign.space import Cell, fault_name, since, trigger_name
 from framework.campaign.steps import steps_of
 from framework.campaign.symptoms import symptoms_of_run
 from framework.console import ConsoleLost, Line
@@ -89,10 +89,17 @@ class Place:
 
 @define
 class Whereabouts:
-    """Follows the console: in which state the client is, or what of a start is under way."""
+    """Follows the console: in which state the client is, or what of which start is under way.
+
+    Attributes:
+        uut: the updater, whose signs it knows.
+        now: where the device is, as `Cell.state` has it.
+        last: the client's last state, which says what a start is for; empty when it was done.
+    """
 
     uut: UpdaterUnderTest
     now: str = "Idle"
+    last: str = ""
 
     def heard(self, line: Line) -> None:
         """Take a line. On the console's thread."""
@@ -101,10 +108,11 @@ class Whereabouts:
         text = line.text
         if match := self.uut.signs.state.search(text):
             self.now = match["name"]
+            self.last = "" if self.now == "Idle" else self.now
         elif "U-Boot 20" in text or "GNU GRUB" in text or "BROWNOUT: " in text:
-            self.now = "bootloader"
+            self.now = since("bootloader", self.last)
         elif "BROWNOUT INIT" in text:
-            self.now = "start"
+            self.now = since("start", self.last)
         elif self.uut.boot_signs.ready.search(f"{text}\n"):
             self.now = "Idle"
 

@@ -8,6 +8,7 @@ that was bad stays bad.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -15,7 +16,7 @@ from attrs import define, frozen
 
 from framework.campaign.composition import Composition
 from framework.campaign.ledger import Run
-from framework.campaign.space import Cell, candidates, choose, name_of
+from framework.campaign.space import Cell, candidates, choose, expected, name_of
 
 MOST_ATTEMPTS: Final = 3
 """How often one composition is tried before its rigs are to blame for good."""
@@ -187,7 +188,7 @@ class Planner:
             if rig is None:
                 continue
             offered = candidates(rig.features, wish.seed, index, wish.plant)
-            number = choose(offered, struck)
+            number = choose(offered, struck, tried(runs))
             return Job(index, number, rig, "drawn", offered[number])
         return None
 
@@ -198,6 +199,15 @@ class Planner:
             return True
         indices = {run.index for run in runs if run.outcome is not None}
         return wish.runs is not None and len(indices) >= wish.runs
+
+
+def tried(runs: Iterable[Run]) -> Counter[Cell]:
+    """How often each cell was expected to be struck by what was drawn, whatever came of it."""
+    found: Counter[Cell] = Counter()
+    for run in runs:
+        if run.purpose == "drawn" and run.composition:
+            found.update(expected(Composition.from_json(run.composition)))
+    return found
 
 
 def rig_of(rigs: Sequence[Rig], index: int) -> Rig:

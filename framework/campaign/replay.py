@@ -4,7 +4,8 @@ Two things are looked at. *The disks*: from the journal and the base images, eve
 at every cut and compared bit for bit with what the run had; no guest takes part, so this must agree
 always. *The run*: the same scenario with the same seed on the same rig, compared step by step. A
 guest's timing is not ours, so a run may part from its bundle where the scenario leaves it room;
-then the first differing step is named.
+then the first differing step is named. A run without network is repeated in a deterministic machine
+(`framework.campaign.manner`); if it was made in one, every disk operation is compared as well.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ from framework.campaign.bundle import (
     read_bundle,
     unpack_journal,
 )
+from framework.campaign.manner import (
+    REAL_TIME,
+    Manner,
+    Operations,
+    compare_operations,
+    manner_of,
+    operations_of,
+)
 from framework.campaign.steps import Divergence, compare
 from framework.disk import BaseImageError, DiskError, JournalReader, LazyDisk, UnreadableSectorError
+from framework.targets.errors import RigError
+from framework.targets.rig import rig_features
 
 REPLAY_TIMEOUT_S = 3600.0
 _CHUNK_BYTES = 4 << 20
@@ -45,11 +56,13 @@ class Replayed:
         disks: differences of rebuilt disks, in words; empty if all are the same.
         divergence: where the run parted from the bundle's; None if it did not, or was not asked.
         verdict: the new run's verdict; empty if it was not asked for.
+        note: what else there is to say of the run, in words.
     """
 
     disks: tuple[str, ...]
     divergence: Divergence | None
     verdict: str
+    note: str = ""
 
     @property
     def reproduced(self) -> bool:
@@ -119,19 +132,58 @@ def _different(reader: JournalReader, bundle: Bundle) -> Iterator[str]:
                     yield f"{name} after cut {cut.index} (operation {cut.operation})"
 
 
-def run_again(bundle: Bundle, rig: Path, say: Say) -> Bundle:
-    """Run the scenario again with the same seed; the new run's bundle.
+@frozen
+class Ran:
+    """A run that was made again: its bundle, and its disks' operations if they were asked for."""
+
+    bundle: Bundle
+    operations: Operations = ()
+
+    @classmethod
+    def of(cls, path: Path, *, exact: bool) -> Ran:
+        """Of the bundle that it left. Raises BundleError."""
+        bundle = read_bundle(path)
+        return cls(bundle, operations_in(path, bundle) if exact else ())
+
+
+def operations_in(path: Path, bundle: Bundle) -> Operations:
+    """The operations in a bundle's journal; none without one. Raises BundleError."""
+    if not bundle.journal_sha256:
+        return ()
+    with tempfile.TemporaryDirectory(prefix="brownout-bundle-") as folder:
+        try:
+            return operations_of(unpack_journal(path, bundle, Path(folder) / "disk.journal"))
+        except DiskError as error:
+            raise BundleError(f"bundle {path}: {error}") from error
+
+
+def compare_runs(
+    path: Path, bundle: Bundle, again: Ran, *, exact: bool
+) -> tuple[Divergence | None, str]:
+    """Where a run parts from its bundle, at an event, or if `exact` an operation; and a note.
+
+    Raises BundleError.
+    """
+    parted = compare(course_of(bundle), course_of(again.bundle))
+    if parted is None and exact:
+        return compare_operations(operations_in(path, bundle), again.operations)
+    return parted, ""
+
+
+def run_again(bundle: Bundle, rig: Path, say: Say, manner: Manner = REAL_TIME) -> Ran:
+    """Run the scenario again with the same seed.
 
     Raises:
         BundleError: it could not be run.
     """
     with tempfile.TemporaryDirectory(prefix="brownout-replay-") as folder:
         if bundle.composition is not None:
-            return _perform_again(bundle, rig, Path(folder), say)
+            return _perform_again(bundle, rig, Path(folder), say, manner)
         arguments = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
             *(bundle.scenario, "--lg-env", str(rig)),
             *("--brownout-seed", str(bundle.run_seed), "--brownout-bundles", folder),
+            *manner.options,
         ]
         say("running " + " ".join(arguments[1:]))
         try:
@@ -144,16 +196,15 @@ def run_again(bundle: Bundle, rig: Path, say: Say) -> Bundle:
         if len(found) != 1:
             last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["no output"]
             raise BundleError(f"{bundle.scenario} could not be run again: {last[0]}")
-        return read_bundle(found[0])
+        return Ran.of(found[0], exact=manner.exact)
 
 
-def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say) -> Bundle:
-    """Perform a campaign's composition again; the new run's bundle. Raises BundleError."""
+def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say, manner: Manner) -> Ran:
+    """Perform a campaign's composition again. Raises BundleError."""
     # Performing leaves bundles, whose disks are hashed here.
     from framework.campaign.composition import Composition  # noqa: PLC0415
     from framework.campaign.perform import Place, needs, perform  # noqa: PLC0415
     from framework.scenario.bench import open_bench_on  # noqa: PLC0415
-    from framework.targets.rig import rig_features  # noqa: PLC0415
 
     composition = Composition.from_values(bundle.composition)
     features = rig_features(rig)
@@ -164,6 +215,8 @@ def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say) -> Bundle:
         )
     say(f"performing {composition}")
     with contextlib.closing(open_bench_on(rig, needs(composition))) as bench:
+        if manner.deterministic:
+            bench.make_deterministic()
         done = perform(
             Place(bench, rig, features),
             composition,
@@ -174,7 +227,7 @@ def _perform_again(bundle: Bundle, rig: Path, folder: Path, say: Say) -> Bundle:
         )
     if not done.bundle:
         raise BundleError(f"{bundle.scenario} could not be run again: {done.evidence}")
-    return read_bundle(Path(done.bundle))
+    return Ran.of(Path(done.bundle), exact=manner.exact)
 
 
 def replay(
@@ -184,10 +237,12 @@ def replay(
     *,
     disks_only: bool = False,
     bases: Mapping[str, Path] | None = None,
+    deterministic: bool | None = None,
 ) -> Replayed:
     """Rebuild the disks, and run the scenario again unless `disks_only`.
 
-    `bases`: base images that are not where the bundle says, by disk.
+    `bases`: base images that are not where the bundle says, by disk. `deterministic`: whether the
+    machine's time is to be its own; None: if the run had no network.
 
     Raises:
         BundleError: the bundle or the rig can't be used.
@@ -206,8 +261,19 @@ def replay(
     say(f"{len(bundle.cuts)} cuts rebuilt, {'all the same' if not disks else 'NOT the same'}")
     if disks_only:
         return Replayed(disks, None, "")
-    again = run_again(bundle, rig, say)
-    return Replayed(disks, compare(course_of(bundle), course_of(again)), again.verdict)
+    manner = manner_of(bundle, features_of(rig), deterministic)
+    say(str(manner))
+    again = run_again(bundle, rig, say, manner)
+    parted, note = compare_runs(path, bundle, again, exact=manner.exact)
+    return Replayed(disks, parted, again.bundle.verdict, note)
+
+
+def features_of(rig: Path) -> frozenset[str]:
+    """What a rig can do. Raises BundleError if it makes no sense."""
+    try:
+        return rig_features(rig)
+    except RigError as error:
+        raise BundleError(str(error)) from error
 
 
 def lived_again(bundle: Bundle) -> Replayed | None:

@@ -19,15 +19,17 @@ from typing import Final
 from attrs import frozen
 
 from framework.campaign.bundle import SUFFIX, Bundle, BundleError, read_bundle
+from framework.campaign.manner import Manner, manner_of
 from framework.campaign.replay import (
+    Ran,
     Replayed,
     check_disks,
-    course_of,
+    compare_runs,
+    features_of,
     lived_again,
     rebased,
     run_again,
 )
-from framework.campaign.steps import compare
 
 SCENARIO_TIMEOUT_S: Final = 600.0
 STOP_TIMEOUT_S: Final = 30.0
@@ -65,7 +67,8 @@ class Again:
         parts = [f"not the same: {difference}" for difference in self.replayed.disks]
         if self.replayed.divergence is not None:
             parts.append(str(self.replayed.divergence))
-        return "; ".join(parts) or "reproduced"
+        note = f", {self.replayed.note}" if self.replayed.note else ""
+        return "; ".join(parts) or f"reproduced{note}"
 
 
 def replay_all(
@@ -75,15 +78,19 @@ def replay_all(
     *,
     disks_only: bool = False,
     bases: Mapping[str, Path] | None = None,
+    deterministic: bool | None = None,
 ) -> list[Again]:
-    """Do all of them again; `done` is called with each, as it ends. One that can't be is told."""
+    """Do all of them again; `done` is called with each, as it ends. One that can't be is told.
+
+    `deterministic`: as `replay` has it, for each.
+    """
     ended: list[Again] = []
 
     def end(again: Again) -> None:
         ended.append(again)
         done(again)
 
-    sessions: dict[tuple[Path, int], dict[str, tuple[Path, Bundle, tuple[str, ...]]]] = {}
+    sessions: dict[tuple[Path, int, Manner], dict[str, tuple[Path, Bundle, tuple[str, ...]]]] = {}
     for path in paths:
         bundle: Bundle | None = None
         try:
@@ -92,34 +99,41 @@ def replay_all(
                 end(Again(path, bundle, lived))
                 continue
             disks = check_disks(path, bundle)
-            session = sessions.setdefault((rig_of(bundle), bundle.run_seed), {})
             if disks_only and not bundle.cuts:
                 end(Again(path, bundle, None, "the run had no power cut", idle=True))
-            elif disks_only:
+                continue
+            if disks_only:
                 end(Again(path, bundle, Replayed(disks, None, "")))
-            elif "::" not in bundle.scenario or bundle.scenario in session:
+                continue
+            rig = rig_of(bundle)
+            manner = manner_of(bundle, features_of(rig), deterministic)
+            session = sessions.setdefault((rig, bundle.run_seed, manner), {})
+            if "::" not in bundle.scenario or bundle.scenario in session:
                 # Not one of pytest's, or a second time in one session.
-                again = run_again(bundle, rig_of(bundle), lambda text: None)
-                end(Again(path, bundle, _compared(bundle, disks, again)))
+                ran = run_again(bundle, rig, lambda text: None, manner)
+                end(Again(path, bundle, _compared(path, bundle, disks, ran, manner)))
             else:
                 session[bundle.scenario] = (path, bundle, disks)
         except BundleError as error:
             end(Again(path, bundle, None, str(error)))
-    for (rig, seed), session in sessions.items():
-        for scenario, again in _run_session(tuple(session), rig, seed):
-            path, bundle, disks = session.pop(scenario)
-            end(Again(path, bundle, _compared(bundle, disks, again)))
+    for (rig, seed, manner), session in sessions.items():
+        for ran in _run_session(tuple(session), rig, seed, manner):
+            path, bundle, disks = session.pop(ran.bundle.scenario)
+            end(Again(path, bundle, _compared(path, bundle, disks, ran, manner)))
         for path, bundle, _ in session.values():
             end(Again(path, bundle, None, f"{bundle.scenario} could not be run again on {rig}"))
     return ended
 
 
-def _compared(bundle: Bundle, disks: tuple[str, ...], again: Bundle) -> Replayed:
-    return Replayed(disks, compare(course_of(bundle), course_of(again)), again.verdict)
+def _compared(
+    path: Path, bundle: Bundle, disks: tuple[str, ...], ran: Ran, manner: Manner
+) -> Replayed:
+    parted, note = compare_runs(path, bundle, ran, exact=manner.exact)
+    return Replayed(disks, parted, ran.bundle.verdict, note)
 
 
-def _run_session(scenarios: Sequence[str], rig: Path, seed: int) -> Iterator[tuple[str, Bundle]]:
-    """Run scenarios in one session of pytest, and yield each one's new bundle as it is written."""
+def _run_session(scenarios: Sequence[str], rig: Path, seed: int, manner: Manner) -> Iterator[Ran]:
+    """Run scenarios in one session of pytest, and yield each one's run as its bundle is written."""
     if not scenarios:
         return
     with tempfile.TemporaryDirectory(prefix="brownout-replay-") as name:
@@ -129,6 +143,7 @@ def _run_session(scenarios: Sequence[str], rig: Path, seed: int) -> Iterator[tup
             *("setpriv", "--pdeathsig", "TERM", "--"),
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *scenarios),
             *("--lg-env", str(rig), "--brownout-seed", str(seed), "--brownout-bundles", name),
+            *manner.options,
         ]
         seen: set[Path] = set()
         deadline = time.monotonic() + len(scenarios) * SCENARIO_TIMEOUT_S
@@ -145,9 +160,9 @@ def _run_session(scenarios: Sequence[str], rig: Path, seed: int) -> Iterator[tup
                     # Looked for after the end, too: the last one was written just before it.
                     for path in sorted(set(folder.glob(f"*{SUFFIX}")) - seen):
                         seen.add(path)
-                        bundle = read_bundle(path)
+                        ran = Ran.of(path, exact=manner.exact)
                         path.unlink()
-                        yield bundle.scenario, bundle
+                        yield ran
             finally:
                 _stop(running)
 

@@ -7,8 +7,12 @@ of them chained. What is drawn depends on the seed, the index and the rig's feat
 
     draw(features, seed, index, candidate)
 
-Steering leaves that alone: of a few candidates of an index, the one is taken whose cells (state x
-fault x trigger) were struck least; so the three numbers name a composition for good.
+Steering leaves that alone: of some candidates of an index, the one is taken that promises most of
+what was struck least: cells (state x fault x trigger), places (state x family of faults), and kinds
+of faults. So the three numbers name a composition, as long as `MAPPING` is the same.
+
+A composition has no fault that another one prevents: what ends a step (the power goes, the client
+gives up) comes last in it. Where that can't be told, the fault counts as prevented.
 
 Only what an updater must survive is in here: a drive that forgets what it acknowledged, or a system
 that loses the slot it runs from, is a fault of the hardware that no updater mends.
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
 from attrs import field, frozen
@@ -34,16 +38,23 @@ from framework.faults import (
     BrownOut,
     CacheModelName,
     ConsoleSays,
+    DataFull,
     Downloaded,
     Fault,
+    Hang,
+    Interrupt,
+    KernelPanic,
     LinkDown,
     MachineEvent,
+    NameGone,
     NetworkDrop,
     NetworkSlow,
     NthFlush,
     OnRecord,
     Operation,
     PowerCut,
+    ProcessKilled,
+    ReadOnly,
     SecondCommand,
     ServerAnswers,
     SlotWrite,
@@ -93,20 +104,26 @@ from framework.faults import (
 from framework.faults.network import DropKind
 from framework.faults.storage import Access
 
-CANDIDATES: Final = 12
+MAPPING: Final = 2
+"""Version of the way from numbers to a composition. A change means that a run's name, such as
+`7/42.3`, is another composition's: campaigns of another mapping are not gone on with."""
+CANDIDATES: Final = 24
 """Compositions of one index that steering chooses from."""
+DRAWS: Final = 8
+"""How often a further fault is drawn until there is one that nothing prevents."""
 CHAINED: Final = 0.4
 """How often a further fault waits for the one before."""
 SURROUNDED: Final = 0.6
 """How often a condition such as a slow network holds meanwhile: many bugs need one."""
 MOST_DRAWN: Final = 3
 MODELS: Final[Mapping[CacheModelName, int]] = {
-    "kept": 2,
+    "kept": 1,
     "prefix": 2,
     "subset": 4,
-    "reordered": 2,
+    "reordered": 3,
     "torn": 4,
 }
+"""The models by how much they can lose: `kept` loses nothing that the drive has."""
 
 Stage = Literal["install", "prove", "leave", "fall back", "roll back", "power is back"]
 """What a step is to a fault: what the client does in it. A sick image that still runs is left; one
@@ -227,16 +244,30 @@ def _entered(*names: str) -> tuple[Spot, ...]:
     return tuple(_spot(name, lambda _, name=name: state(name)) for name in names)  # type: ignore[misc]
 
 
-def _cleanup(rng: Random) -> Trigger:
-    return state("Cleanup").at(operations=rng.randint(1, 6))
+def _within(most: int, *names: str) -> tuple[Spot, ...]:
+    """Up to so many disk operations after each of the states was entered."""
+    return tuple(
+        _spot(name, lambda rng, name=name: state(name).at(operations=rng.randint(1, most)))  # type: ignore[misc]
+        for name in names
+    )
 
 
-_BOOTING: Final = (
-    _spot("bootloader", lambda _: boot_env_write(1)),
-    _spot("start", lambda _: console("BROWNOUT INIT slot=")),
-    _spot("start", lambda rng: operation(rng.randint(1, 40))),
-    _spot("start", lambda rng: flush(rng.randint(1, 8))),
-)
+def since(place: str, last: str) -> str:
+    """A place in a start, and the client's last state before it: what the start is for."""
+    return f"{place} after {last}" if last else place
+
+
+def _starting(last: str) -> tuple[Spot, ...]:
+    return (
+        _spot(since("bootloader", last), lambda _: boot_env_write(1)),
+        _spot(since("start", last), lambda _: console("BROWNOUT INIT slot=")),
+        _spot(since("start", last), lambda rng: operation(rng.randint(1, 40))),
+        _spot(since("start", last), lambda rng: flush(rng.randint(1, 8))),
+    )
+
+
+_RESTARTS: Final = ("ArtifactReboot", "ArtifactRollbackReboot")
+_TRIAL: Final = _starting("ArtifactReboot")
 
 SPOTS: Final[Mapping[Stage, tuple[Spot, ...]]] = {
     "install": (
@@ -250,51 +281,60 @@ SPOTS: Final[Mapping[Stage, tuple[Spot, ...]]] = {
         _spot("Download", lambda rng: writes_to("data", nth=rng.randint(1, 10))),
         _spot("Download", lambda _: on_record("ArtifactInstall")),
         *_entered("ArtifactInstall", "ArtifactReboot"),
+        *_within(12, "ArtifactInstall"),
+        *_within(6, "ArtifactReboot"),
         _spot("ArtifactInstall", lambda _: boot_env_write(1, after="ArtifactInstall")),
         _spot("ArtifactInstall", lambda rng: after_switch(operations=rng.randint(1, 24))),
         _spot("ArtifactInstall", lambda _: on_record("ArtifactReboot")),
         _spot("ArtifactReboot", lambda _: console("updater: installed")),
     ),
     "prove": (
-        *_BOOTING,
+        *_TRIAL,
         *_entered("ArtifactVerifyReboot", "ArtifactCommit", "Cleanup"),
+        *_within(6, "ArtifactVerifyReboot", "Cleanup"),
+        *_within(12, "ArtifactCommit"),
         _spot("ArtifactVerifyReboot", lambda _: on_record("ArtifactCommit")),
         _spot("ArtifactCommit", lambda _: boot_env_write(1, after="ArtifactCommit")),
         _spot("ArtifactCommit", lambda _: on_record("Cleanup")),
-        _spot("Cleanup", _cleanup),
         _spot("Cleanup", lambda _: console("updater: committed")),
     ),
     "leave": (
-        *_BOOTING,
-        *_entered(
-            "ArtifactVerifyReboot",
-            "ArtifactRollback",
-            "ArtifactRollbackReboot",
-            "ArtifactVerifyRollbackReboot",
-            "ArtifactFailure",
-            "Cleanup",
+        *_TRIAL,
+        *_entered("ArtifactVerifyReboot", "ArtifactRollback", "ArtifactRollbackReboot"),
+        _spot(
+            since("bootloader", "ArtifactRollbackReboot"),
+            lambda _: boot_env_write(1, after="ArtifactRollbackReboot"),
         ),
+        # The old system's start: what the bootloader counted may not be settled yet.
+        _spot(since("start", "ArtifactRollbackReboot"), lambda _: console("BROWNOUT INIT slot=a")),
+        *_entered("ArtifactVerifyRollbackReboot", "ArtifactFailure", "Cleanup"),
+        *_within(12, "ArtifactRollback"),
+        *_within(40, "ArtifactRollbackReboot"),
+        *_within(6, "ArtifactVerifyReboot", "ArtifactVerifyRollbackReboot"),
+        *_within(6, "ArtifactFailure", "Cleanup"),
         _spot("ArtifactRollback", lambda _: boot_env_write(1, after="ArtifactRollback")),
         _spot("ArtifactRollback", lambda _: on_record("ArtifactRollbackReboot")),
         _spot("ArtifactRollbackReboot", lambda _: console("BROWNOUT REBOOT")),
-        _spot("start", lambda _: console("BROWNOUT INIT slot=a")),
         _spot("ArtifactVerifyRollbackReboot", lambda _: on_record("ArtifactFailure")),
-        _spot("Cleanup", _cleanup),
+        _spot("Cleanup", lambda _: console("updater: rolled back")),
     ),
     "fall back": (
-        *_BOOTING,
-        _spot("bootloader", lambda _: boot_env_write(2)),
-        _spot("start", lambda _: console("BROWNOUT INIT slot=a")),
+        *_TRIAL,
+        _spot(since("bootloader", "ArtifactReboot"), lambda _: boot_env_write(2)),
+        _spot(since("start", "ArtifactReboot"), lambda _: console("BROWNOUT INIT slot=a")),
         *_entered("ArtifactRollback", "Cleanup"),
-        _spot("Cleanup", _cleanup),
+        *_within(6, "ArtifactRollback", "Cleanup"),
+        _spot("Cleanup", lambda _: console("updater: rolled back")),
     ),
     "roll back": (
         *_entered("ArtifactRollback", "ArtifactFailure", "Cleanup"),
         _spot("ArtifactRollback", lambda _: boot_env_write(1, after="ArtifactRollback")),
+        *_within(12, "ArtifactRollback"),
+        *_within(6, "ArtifactFailure", "Cleanup"),
         _spot("ArtifactRollback", lambda rng: operation(rng.randint(1, 25))),
-        _spot("Cleanup", _cleanup),
+        _spot("Cleanup", lambda _: console("updater: rolled back")),
     ),
-    "power is back": _BOOTING,
+    "power is back": _starting(""),
 }
 
 _STREAM: Final = ("downloaded", "stream byte", "image written", "state")
@@ -473,11 +513,7 @@ def draw(
     journey = rng.choices(journeys, [j.weight for j in journeys])[0]
     placed = [_placed(rng, features, journey)]
     for _ in range(rng.choices((0, 1, 2), (5, 3, 2))[0]):
-        # A brown-out's further cuts take with them what was armed when power came back.
-        if rng.random() < CHAINED and not isinstance(placed[-1].fault, BrownOut):
-            placed.append(_chained(rng, features, journey, placed[-1]))
-        else:
-            placed.append(_placed(rng, features, journey))
+        placed += _further(rng, features, journey, placed)
     if rng.random() < SURROUNDED:
         condition = _surrounding(rng, features, journey, placed[0])
         placed = [*([condition] if condition is not None else []), *placed][:MOST_DRAWN]
@@ -501,19 +537,69 @@ def candidates(
     return [draw(features, seed, index, number, plant) for number in range(CANDIDATES)]
 
 
-def choose(offered: Sequence[Composition], struck: Mapping[Cell, int]) -> int:
-    """Which candidate to run: the one whose expected cells were struck least; a tie is the first.
+@frozen
+class Struck:
+    """How often what was struck, as steering sees it.
 
-    Each cell counts what is new in it; a composition of many well-known cells is worth less than
-    one with a single unknown cell.
+    Attributes:
+        cells: each cell.
+        places: each state, by each family of faults.
+        faults: each kind of fault.
     """
-    return max(range(len(offered)), key=lambda n: (worth(offered[n], struck), -n))
+
+    cells: Mapping[Cell, float]
+    places: Mapping[tuple[str, str], float]
+    faults: Mapping[str, float]
+
+    @classmethod
+    def of(cls, struck: Mapping[Cell, int], tried: Mapping[Cell, int] | None = None) -> Struck:
+        """Of how often cells were struck, and how often it was tried.
+
+        Only what struck is covered. But what was tried in vain is not tried for ever: it counts
+        half.
+        """
+        tried = tried or {}
+        cells = {
+            cell: max(struck.get(cell, 0), (struck.get(cell, 0) + tried.get(cell, 0)) / 2)
+            for cell in {**struck, **tried}
+        }
+        places: dict[tuple[str, str], float] = {}
+        faults: dict[str, float] = {}
+        for cell, count in cells.items():
+            place = (cell.state, family_of(cell.fault))
+            places[place] = places.get(place, 0) + count
+            faults[cell.fault] = faults.get(cell.fault, 0) + count
+        return cls(cells, places, faults)
 
 
-def worth(composition: Composition, struck: Mapping[Cell, int]) -> float:
-    """How much a composition promises: the sum over its cells of 1 / (1 + strikes)²."""
-    cells = {cell for cell in expected(composition) if cell.state}
-    return sum(1 / (1 + struck.get(cell, 0)) ** 2 for cell in cells)
+def family_of(fault: str) -> str:
+    """What faults by these names have in common: all cuts are one family, all EIOs are."""
+    return fault.partition(" ")[0]
+
+
+def choose(
+    offered: Sequence[Composition],
+    struck: Mapping[Cell, int],
+    tried: Mapping[Cell, int] | None = None,
+) -> int:
+    """Which candidate to run: the one that promises most; a tie is the first."""
+    so_far = Struck.of(struck, tried)
+    return max(range(len(offered)), key=lambda n: (worth(offered[n], so_far), -n))
+
+
+def worth(composition: Composition, struck: Struck) -> float:
+    """How much a composition promises: what is new in each cell where it is expected to strike.
+
+    A cell that was struck n times counts 1 / (1 + n), and so do its place and its kind of fault. So
+    the many cells of power cuts don't keep the rare kinds of faults waiting, and the few cells of
+    those are struck again while there are new ones elsewhere.
+    """
+    return sum(
+        1 / (1 + struck.cells.get(cell, 0))
+        + 1 / (1 + struck.places.get((cell.state, family_of(cell.fault)), 0))
+        + 1 / (1 + struck.faults.get(cell.fault, 0))
+        for cell in {cell for cell in expected(composition) if cell.state}
+    )
 
 
 def expected(composition: Composition) -> list[Cell]:
@@ -527,6 +613,128 @@ def expected(composition: Composition) -> list[Cell]:
         )
         for placed in composition.faults
     ]
+
+
+# -- what prevents what --------------------------------------------------------------------------
+
+_SWITCH: Final = 1.0
+"""Where the state that switches slots begins in an installation, as `_span` counts."""
+_NEARLY_LOADED: Final = 0.9
+_ENDING: Final = (
+    *(PowerCut, KernelPanic, Hang, ProcessKilled, Interrupt, WrongContent, BadCertificate),
+    *(ServerAnswers, StorageError, ReadOnly, NameGone, BitFlip, DataFull),
+)
+
+
+def ends(fault: Fault) -> bool:
+    """Whether a client that is in order does not go on with a step in which this strikes."""
+    if isinstance(fault, LinkDown):
+        return fault.lasts_s is None
+    if isinstance(fault, NetworkDrop):
+        return fault.lasts_s is None and fault.kind in ("stall", "refuse", "black-hole")
+    return isinstance(fault, _ENDING)
+
+
+def lasts(fault: Fault) -> bool:
+    """Whether it goes on until the scenario ends it, so that no later step works either."""
+    if isinstance(fault, LinkDown | NetworkDrop):
+        return ends(fault)
+    full = isinstance(fault, DataFull) and fault.leave_bytes == 0
+    return full or isinstance(fault, ReadOnly | NameGone | BadCertificate)
+
+
+def prevented(composition: Composition) -> tuple[bool, ...]:
+    """For each fault, whether another one is expected to keep it from striking."""
+    return _prevented(stages_of(composition), composition.faults)
+
+
+def _prevented(stages: Sequence[Stage | None], faults: Sequence[Placed]) -> tuple[bool, ...]:
+    found: list[bool] = []
+    for placed in faults:
+        trigger = placed.fault.trigger
+        first = trigger.first if isinstance(trigger, After) else None
+        vain = any(was for was, one in zip(found, faults, strict=False) if one.fault == first)
+        if isinstance(first, PowerCut):
+            # When power is back, nothing else is armed; a brown-out's further cuts would be.
+            found.append(vain or isinstance(first, BrownOut))
+            continue
+        if first is not None:
+            vain = vain or ends(first) or not _follows(placed, stages[placed.step])
+        found.append(
+            vain
+            or any(
+                other is not placed
+                and not _waits_for_power(other.fault)
+                and _stands_before(other, placed, stages)
+                for other in faults
+            )
+        )
+    return tuple(found)
+
+
+def _waited_for(fault: Fault) -> Iterator[Fault]:
+    """The faults of a chain before this one."""
+    while isinstance(fault.trigger, After):
+        fault = fault.trigger.first
+        yield fault
+
+
+def _waits_for_power(fault: Fault) -> bool:
+    return isinstance(fault.trigger, After) and isinstance(fault.trigger.first, PowerCut)
+
+
+def _stands_before(other: Placed, placed: Placed, stages: Sequence[Stage | None]) -> bool:
+    """Whether a fault ends what another one waits for; what strikes at once waits for nothing."""
+    at_once = placed.fault.trigger is None
+    if at_once or other.step > placed.step or not ends(other.fault):
+        return False
+    if placed.fault in _waited_for(other.fault):
+        return False
+    begins, _ = _span(other.fault.trigger, stages[other.step])
+    if other.step == placed.step:
+        return begins <= _span(placed.fault.trigger, stages[placed.step])[1]
+    # A device that dies behind the switch starts the new system by itself.
+    dies = isinstance(other.fault, PowerCut | KernelPanic | Hang)
+    switched = stages[other.step] == "install" and begins >= _SWITCH
+    return lasts(other.fault) or (dies and switched and other.step == placed.step - 1)
+
+
+def _follows(placed: Placed, stage: Stage | None) -> bool:
+    """Whether a chain's second trigger may still come when its first fault has struck."""
+    trigger = placed.fault.trigger
+    assert isinstance(trigger, After)
+    begun = _span(trigger.first.trigger, stage)[0]
+    match trigger.then:
+        case AtState() | ConsoleSays() | OnRecord():
+            return _span(trigger.then, stage)[0] > begun
+        case SlotWrite() | Downloaded():
+            # Counted from then on: so much must be left.
+            return begun + _span(trigger.then, stage)[0] < _SWITCH
+        case StreamByte():
+            return begun < _NEARLY_LOADED
+        case _:
+            return True
+
+
+def _span(trigger: Trigger | None, stage: Stage | None) -> tuple[float, float]:
+    """From where to where in a step a trigger may fire: the states' numbers, and shares of them."""
+    if isinstance(trigger, After):
+        first, then = _span(trigger.first.trigger, stage), _span(trigger.then, stage)
+        return max(first[0], then[0]), max(first[1], then[1])
+    states = list(dict.fromkeys(spot.expects for spot in SPOTS[stage])) if stage else []
+    name = _expected_state(trigger, stage)
+    at = float(states.index(name)) if name in states else -1.0
+    match trigger:
+        case SlotWrite(percent=percent) | Downloaded(percent=percent):
+            return at + percent / 101, at + percent / 101
+        case AtState(percent=None, operations=None):
+            return at, at
+        case OnRecord():
+            return at + 0.99, at + 0.99
+        case None:
+            return at, at
+        case _:
+            return at, at + 0.98
 
 
 def stages_of(composition: Composition) -> tuple[Stage | None, ...]:
@@ -556,7 +764,7 @@ def universe(features: frozenset[str]) -> frozenset[Cell]:
     for stage, options in _options(features).items():
         for kind, spots in options:
             for name in {fault_name(kind.make(rng)) for _ in range(60)}:
-                if stage != "power is back":
+                if stage != "power is back":  # these depend on where the power went
                     cells.update(
                         Cell(spot.expects, name, trigger_name(spot.make(rng))) for spot in spots
                     )
@@ -610,6 +818,21 @@ def _placed(rng: Random, features: frozenset[str], journey: Journey) -> Placed:
     return Placed(step, fault if spot is None else fault.when(spot.make(rng)))
 
 
+def _further(
+    rng: Random, features: frozenset[str], journey: Journey, placed: Sequence[Placed]
+) -> list[Placed]:
+    """One more fault that nothing prevents and that prevents nothing; none if none is drawn."""
+    for _ in range(DRAWS):
+        # A brown-out's further cuts take with them what was armed when power came back.
+        if rng.random() < CHAINED and not isinstance(placed[-1].fault, BrownOut):
+            drawn = _chained(rng, features, journey, placed[-1])
+        else:
+            drawn = _placed(rng, features, journey)
+        if not any(_prevented(journey.stages, [*placed, drawn])):
+            return [drawn]
+    return []
+
+
 def _surrounding(
     rng: Random, features: frozenset[str], journey: Journey, first: Placed
 ) -> Placed | None:
@@ -639,15 +862,19 @@ def _chained(rng: Random, features: frozenset[str], journey: Journey, last: Plac
 
 def _expected_state(trigger: Trigger | None, stage: Stage | None) -> str:
     if isinstance(trigger, After):
-        cut = isinstance(trigger.first, PowerCut)
-        return _expected_state(trigger.then, "power is back" if cut else stage)
+        if not isinstance(trigger.first, PowerCut):
+            return _expected_state(trigger.then, stage)
+        place = _expected_state(trigger.then, "power is back")
+        cut_in = _expected_state(trigger.first.trigger, stage).rpartition(" ")[2]
+        return since(place, "" if cut_in == "Idle" else cut_in)
     if trigger is None or trigger == now():
         return "Idle"
     match trigger:
         case AtState(name=name):
             return name
         case BootEnvWrite(after=str() as name):
-            return name
+            # Behind a restart it is the bootloader that writes.
+            return since("bootloader", name) if name in _RESTARTS else name
         case _:
             pass
     rng = random.Random(1)  # noqa: S311 - only the kinds are compared

@@ -29,16 +29,20 @@ from framework.verdict import (
 
 @frozen
 class Divergence:
-    """Where two runs part: the step's number from 1, and what each did there ("" for an end)."""
+    """Where two runs part: the step's number from 1, and what each did there ("" for an end).
+
+    `what` the steps are: events, or a disk's operations.
+    """
 
     number: int
     was: str
     now: str
+    what: str = "event"
 
     def __str__(self) -> str:
         """The divergence as a sentence."""
         was, now = (step or "the run ended" for step in (self.was, self.now))
-        return f"diverged at event {self.number}: it was [{was}], it is [{now}]"
+        return f"diverged at {self.what} {self.number}: it was [{was}], it is [{now}]"
 
 
 def steps_of(events: Iterable[Event]) -> tuple[str, ...]:
@@ -46,13 +50,13 @@ def steps_of(events: Iterable[Event]) -> tuple[str, ...]:
     return tuple(_step(event) for event in events)
 
 
-def compare(was: Sequence[str], now: Sequence[str]) -> Divergence | None:
+def compare(was: Sequence[str], now: Sequence[str], what: str = "event") -> Divergence | None:
     """The first step in which two runs differ; None if they don't."""
     for number in range(max(len(was), len(now))):
         old = was[number] if number < len(was) else ""
         new = now[number] if number < len(now) else ""
         if old != new:
-            return Divergence(number + 1, old, new)
+            return Divergence(number + 1, old, new, what)
     return None
 
 

@@ -61,6 +61,17 @@ class Bench:
     rig: str
     _management: ManagementServer | None = None
 
+    def make_deterministic(self) -> None:
+        """Have the machine's time be its own from now on; it must be off.
+
+        Raises:
+            RigError: its time is the world's: it is no emulated machine.
+        """
+        machine: Any = self.machine
+        if not hasattr(machine, "deterministic"):
+            raise RigError(f"{self.rig}: can't be deterministic: its machine is not emulated")
+        machine.deterministic = True
+
     def manifest(self, base: str) -> TargetManifest:
         """What is known of the target's images when slot a holds `base`."""
         return TargetManifest.parse(self.images.manifest, self.images.directory, base)

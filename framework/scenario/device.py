@@ -22,6 +22,7 @@ from attrs import Factory, define, evolve, frozen
 
 from framework.console import ConsoleDeath, ConsoleLost, ConsolePump, ConsoleTimeout, Line
 from framework.disk import Armed, CacheModel, CutRecord, Recorder, Trigger
+from framework.faults import MissingFeatureError
 from framework.report import Moment
 from framework.scenario.inspect import DataReader, check_data, check_other_data, look
 from framework.scenario.manifest import TargetManifest
@@ -166,6 +167,7 @@ class Device:
         data_reader: reads a data partition that is not ext4; None where it is.
         restart_expected: whether a fault makes the device restart, so that its doing so in the
             middle of a step is no failure of the rig.
+        used_network: whether it has used the network so far.
     """
 
     machine: Machine
@@ -181,6 +183,7 @@ class Device:
     on_event: Callable[[Event], None] = lambda event: None
     restart_expected: Callable[[], bool] = lambda: False
     data_reader: DataReader | None = None
+    used_network: bool = False
     events: list[Event] = Factory(list)
     moments: list[Moment] = Factory(list)
     did: list[str] = Factory(list)
@@ -215,8 +218,24 @@ class Device:
                 self._leave_canary()
             return boot
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the machine's time is its own, counted in instructions."""
+        return bool(getattr(self.machine, "deterministic", False))
+
+    def goes_online(self, why: str) -> None:
+        """The device is about to use the network.
+
+        Raises:
+            MissingFeatureError: it is deterministic: its time would run ahead of any answer.
+        """
+        if self.deterministic:
+            raise MissingFeatureError(f"{why} needs a network, and a deterministic run has none")
+        self.used_network = True
+
     def install(self, update: Update, timeout_s: float = INSTALL_TIMEOUT_S) -> InstallEnded:
         """Install `update`; ends with its exit code, or with none if the power went first."""
+        self.goes_online(f"installing {update.name}")
         with self._step(f"installing {update.name}", "updater"):
             self.images[update.name] = update.image
             self._event(InstallStarted(update.name))

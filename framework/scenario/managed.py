@@ -47,6 +47,7 @@ class ManagedDevice(Device):
 
     def boot(self) -> BootSeen:
         """As `Device.boot`; then the device is enrolled."""
+        self.goes_online("a management server")
         boot = super().boot()
         if boot.ready and self.enrolment is None:
             with self._step("enrolling", "server"):

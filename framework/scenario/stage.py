@@ -38,6 +38,7 @@ def staged_device(
     device = bench.device(base, say=say, step=step, managed=managed)
 
     def heard(event: ProxyEvent) -> None:
+        device.used_network = True
         device.note("network", event.text)
 
     proxy.on_event = heard

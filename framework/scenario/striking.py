@@ -503,6 +503,7 @@ class _Shell:
 
     def connect(self) -> None:
         """Have the device fetch its orders, while its console is free."""
+        self.around.device.goes_online("a fault that the device does to itself")
         run_on(self.around, self.line.shell_command(self.around.server_name()))
         self.line.wait_for_device()
 

@@ -104,6 +104,10 @@ _REAP_S = 2.0
 _WATCHDOG_S = 15.0
 _RESET_STALL_S = 0.1  # no firmware writes a disk so soon after a reset (U-Boot: 0.15 s)
 _EVENTS_KEPT = 1000
+#: How a deterministic machine rests: silent for so long, at most so long, looked at so often.
+_QUIET_S = 2.0
+_MOST_REST_S = 60.0
+_LOOK_S = 0.1
 _SEED_BITS = 32
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 
@@ -172,6 +176,9 @@ class RecordedQEMUDriver(
         watchdog: `i6300esb` or empty; watchdog_address: its PCI device number
         extra_args: list of further QEMU arguments, or one string
         accelerator: `auto` (probed), `tcg` or `kvm`
+        deterministic: whether its time is counted in instructions (`-icount`), so that the same
+            run does the same to its disks; then TCG runs it, it has no watchdog, and can have no
+            network. May be set while the machine is off, on one whose network is left alone
         start_deadline_s: how long QEMU itself may take to start
         log_dir: where console logs are kept (relative to the rig file)
         deaths: further console texts (bounded patterns) that end any wait
@@ -195,6 +202,7 @@ class RecordedQEMUDriver(
     watchdog_address: Any = attr.ib(None)
     extra_args: Any = attr.ib(factory=list)
     accelerator: str = _text("auto")
+    deterministic: bool = attr.ib(False, attr.validators.instance_of(bool))
     start_deadline_s: float = attr.ib(15.0, converter=float)
     log_dir: str = _text("")
     deaths: Any = attr.ib(factory=list)
@@ -261,6 +269,13 @@ class RecordedQEMUDriver(
         parse_address(f"{where}.watchdog_address", self.watchdog_address)
         if self.accelerator not in ("auto", "tcg", "kvm"):
             raise RigError(f"{where}.accelerator: {self.accelerator!r}; known: auto, tcg, kvm")
+        if self.deterministic and self.accelerator == "kvm":
+            raise RigError(f"{where}.deterministic: instructions are counted under tcg, not kvm")
+        if self.deterministic and self._network is not None:
+            raise RigError(
+                f"{where}.deterministic: the machine's time runs ahead of any network: write "
+                "'network: none'"
+            )
         if not re.fullmatch(r"[1-9]\d*[MG]", self.memory):
             raise RigError(f"{where}.memory: {self.memory!r} must be like 512M or 2G")
         if self.cpus < 1:
@@ -309,7 +324,7 @@ class RecordedQEMUDriver(
             cpu=self.cpu,
             memory=self.memory,
             cpus=self.cpus,
-            accelerator=self._accel.name,
+            accelerator="tcg" if self.deterministic else self._accel.name,
             firmware=images.firmware,
             pflash=pflash or images.pflash,
             kernel=images.kernel,
@@ -320,6 +335,7 @@ class RecordedQEMUDriver(
             watchdog_address=self.watchdog_address,
             extra_args=tuple(self.extra_args),
             clock=self._clock,
+            deterministic=self.deterministic,
         )
 
     def preflight(self) -> None:
@@ -469,6 +485,22 @@ class RecordedQEMUDriver(
             process.told.wait(_REAP_S)
         with self._lock:  # held while an end is handled
             return
+
+    def rest(self, quiet_s: float = _QUIET_S, most_s: float = _MOST_REST_S) -> None:
+        """Wait until a deterministic machine has written nothing for so long.
+
+        What it has to do in the next minutes is done then, since its time leaps while it waits. So
+        a command finds the same, whenever the host comes to type it.
+        """
+        began = last = time.monotonic()
+        seen = self.recorder.operations
+        while not self.power_lost.wait(_LOOK_S):
+            now = time.monotonic()
+            if self.recorder.operations != seen:
+                seen, last = self.recorder.operations, now
+            if now - last >= quiet_s or now - began >= most_s:
+                self.recorder.mark("rest", "the machine has nothing more to do")
+                return
 
     def starved_s(self, since_monotonic_s: float) -> float:
         """How long since then the host kept the machine (or its disks) from running, in seconds."""

@@ -396,6 +396,8 @@ class SlotStrategy(GraphStrategy):  # type: ignore[misc]
                 self._adopt(self._unadopted)
             if self.shell.state is not BindingState.active:
                 raise ExecutionError(f"no shell: the device is not in state 'ready' ({command!r})")
+            if getattr(self.power, "deterministic", False):
+                self.power.rest()
             lines, _, code = self.shell.run(command, timeout=timeout_s)
         except TIMEOUT as error:
             self._drop_shell()

@@ -202,7 +202,10 @@ def test_a_bundle_of_every_version_stays_readable() -> None:
         assert found.scenario == A_BUNDLE.scenario
         assert found.steps == A_BUNDLE.steps
         assert found.cuts == A_BUNDLE.cuts
-        assert (found.composition is None) == (found.format == 1)
+        assert (found.composition is None) == (found.format != 2)
+        assert (found.network, found.deterministic) == (
+            (False, True) if found.format == 3 else (None, False)
+        )
         if found.composition is not None:
             assert Composition.from_values(found.composition) == A_COMPOSITION
 

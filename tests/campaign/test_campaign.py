@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from rich.console import Console
 
 from framework.campaign import CampaignError, CrewError, LedgerError
-from framework.campaign.ledger import LEDGER_VERSION, Campaign, Ledger, Run
+from framework.campaign.ledger import LEDGER_VERSION, Campaign, Ledger, Run, program
 from framework.campaign.perform import Performed
 from framework.campaign.plan import (
     MOST_ATTEMPTS,
@@ -318,6 +319,18 @@ def test_what_is_put_into_the_ledger_comes_out(tmp_path: Path) -> None:
             unfired=("x",),
             symptoms={"a": "b"},
         )
+
+
+def test_a_campaign_of_another_program_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its numbers stand for other compositions."""
+    wanted = Campaign(0, 1, "", ("arm.yaml",), "9 runs", "0.1", 5, "2030-01-01T00:00:00Z")
+    with Ledger(tmp_path / "a.db") as ledger:
+        first, _ = ledger.open_campaign(wanted)
+        assert ledger.open_campaign(wanted) == (first, False)
+        other, is_new = ledger.open_campaign(evolve(wanted, program=program()))
+        assert is_new
+        assert other.number != first.number
+    assert re.search(r", compositions \d+$", program())
 
 
 def test_a_newer_ledger_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from framework.campaign.errors import CampaignError
 from framework.campaign.field import read_failure
-from framework.campaign.ledger import Campaign, Ledger, Run
+from framework.campaign.ledger import Campaign, Ledger, Run, program
 from framework.campaign.perform import Performed
 from framework.campaign.symptoms import match, symptoms_of_run
 from framework.cli import main
@@ -225,7 +225,7 @@ def test_runs_of_campaigns_are_ranked_by_what_they_ended_with(
     alike = {"runs": "v2", "running slot": "b", "boot slot": "b", "on trial": "yes"}
     alike["valid copies"] = read_failure(support).symptoms["valid copies"]
     with Ledger(ledger_path) as ledger:
-        wanted = Campaign(0, 7, "", ("arm.yaml",), "9 runs", "0.1", 5, "2030-01-01T00:00:00Z")
+        wanted = Campaign(0, 7, "", ("arm.yaml",), "9 runs", program(), 5, "2030-01-01T00:00:00Z")
         campaign, _ = ledger.open_campaign(wanted)
         for index, symptoms in enumerate(
             ({"runs": "v1", "running slot": "a", "boot slot": "a"}, alike, {**alike, "runs": "v1"})
@@ -236,6 +236,23 @@ def test_runs_of_campaigns_are_ranked_by_what_they_ended_with(
     assert found, text
     assert commands[0] == "brownout campaign --rig rigs/arm.yaml --only 7/1.3"
     assert commands[-1].endswith("--only 7/0.3")
+
+
+def test_a_run_that_another_program_drew_is_done_again_by_its_bundle(
+    tmp_path: Path, field_disk: bytes, monkeypatch
+) -> None:
+    """Its numbers name another composition here."""
+    support = pack(tmp_path / "device", field_disk, monkeypatch, runs="b", outcome=None)
+    alike = {"runs": "v2", "running slot": "b", "boot slot": "b", "on trial": "yes"}
+    with Ledger(tmp_path / "campaign.db") as ledger:
+        wanted = Campaign(0, 7, "", ("arm.yaml",), "9 runs", "0.0", 5, "2030-01-01T00:00:00Z")
+        campaign, _ = ledger.open_campaign(wanted)
+        for index, bundle in enumerate(("out/bundles/a.bundle", "")):
+            key = ledger.begin(campaign, Run(0, index, 3, "arm.yaml", "drawn", 0, "{}"))
+            ledger.end(key, Performed("VIOLATION(2)", (2,), symptoms=alike, bundle=bundle))
+    _, text, commands = reproduce(support, ledgers=(tmp_path / "campaign.db",))
+    assert commands == ["brownout replay out/bundles/a.bundle"]
+    assert "drawn by brownout 0.0" in text
 
 
 def test_symptoms_of_a_run_are_those_that_its_end_shows() -> None:
