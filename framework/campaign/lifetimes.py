@@ -676,7 +676,13 @@ class Life:
             updating = recorded.updating
             self._contract.status(lines, recorded)
 
-        status = self._device.status(see)
+        try:
+            status = self._device.status(see)
+        except PowerLost:
+            # It may undo what a killed client began, and the power may go in that.
+            self._power_went()
+            self._start(self._device.start)
+            return
         if updating and self._schedule.module:
             return  # what it runs is neither the one nor the other
         if status is not None:

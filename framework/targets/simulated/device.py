@@ -310,10 +310,12 @@ class SimulatedDevice:
     ) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
 
-        None when it says nothing but an error. `see` gets the lines that a person sees, and what
-        the store holds.
+        None when it says nothing but an error, or is killed. `see` gets the lines that a person
+        sees, and what the store holds. It may write: what a killed client left half done in the
+        store is undone by whoever opens it next. PowerLost goes through.
         """
         store = self._store()
+        self.commanding = True
         try:
             client = self._make_client(store)
             name = client.artifact_name()
@@ -325,7 +327,13 @@ class SimulatedDevice:
         except StoreError as error:
             self.say(f"status: {error}")
             return None
+        except PowerLost:
+            if not self.drive.killed:
+                raise
+            self.drive.power_on()
+            return None
         finally:
+            self.commanding = False
             store.close()
         return (name, str(last.result), last.cause) if last else (name, "", "")
 
