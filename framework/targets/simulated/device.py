@@ -317,13 +317,13 @@ class SimulatedDevice:
         store = self._store()
         self.commanding = True
         try:
-            client = self._make_client(store)
-            name = client.artifact_name()
+            lines = self._make_client(store).status()
+            name = next((line[9:] for line in lines if line.startswith("running: ")), "")
             last = store.last_outcome()
             update = store.update()
             ended = (last.artifact_name, str(last.result), last.cause) if last else None
             cause = update.cause if update is not None else ""
-            see(client.status(), Recorded(update is not None, cause, ended))
+            see(lines, Recorded(update is not None, cause, ended))
         except StoreError as error:
             self.say(f"status: {error}")
             return None
@@ -335,6 +335,7 @@ class SimulatedDevice:
         finally:
             self.commanding = False
             store.close()
+        name = name.rpartition(" (slot ")[0]
         return (name, str(last.result), last.cause) if last else (name, "", "")
 
     def package(self) -> str:
