@@ -513,6 +513,13 @@ def _deployed(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
         waits = [step.number for step in steps if step.state == "ArtifactInstall"][4:40:2]
         for at in waits:
             yield dataclasses.replace(base, faults=(fault(at, "error"),))
+    module = dataclasses.replace(plain, managed="holds", module=search.MODULES[1])
+    numbers = [
+        s.number for s in lifetimes.trace(laboratory, module) if s.state == "ArtifactInstall"
+    ]
+    for command in ("cycle", "resume", "commit", "rollback"):
+        killed = (fault(numbers[len(numbers) // 2], "kill"),)
+        yield dataclasses.replace(module, faults=killed, actions=("deploy", command, "cycle"))
     # Killed in the same wait again and again, which is no step forward.
     held = dataclasses.replace(plain, managed="holds", actions=("deploy", *("cycle",) * 34))
     steps = lifetimes.trace(laboratory, dataclasses.replace(held, actions=("deploy",)))
