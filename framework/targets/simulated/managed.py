@@ -131,7 +131,7 @@ class Server:
         return answer
 
     def _answer(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
-        value = json.loads(body) if body else None
+        value: Any = json.loads(body) if body else None
         if (method, path) == ("POST", f"{_V1}/authentication/auth_requests"):
             if headers.get("X-MEN-Signature") != _Key().sign(body):
                 return _told(401)
