@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -101,7 +102,7 @@ _INTERRUPTED: Final = re.compile(r"interrupted in ([^\s;,)]+)")
 _WHERE: Final = re.compile(r"([A-Za-z]+)(?:_(Wait|Enter|Leave|Error))?")
 _RECORDED: Final = re.compile(r"(\S+_INCONSISTENT) is recorded")
 _LAST: Final = re.compile(r"last update: (\S+) (\S+) at [-0-9T:]+Z(?:: (.+))?")
-_ATTEMPT: Final = re.compile(r"download attempt (\d+) of (\d+) for deployment \S+")
+_ATTEMPT: Final = re.compile(r"download attempt (\d+) of (\d+) for deployment (\S+)")
 ATTEMPTS: Final = 20
 """Downloads of a deployment that the network may break before it has failed."""
 BACKWARD: Final = ("ArtifactRollback_Enter_00", "ArtifactFailure_Enter_00")
@@ -179,7 +180,8 @@ class Contract:
         self._committed = initial
         self._unsure = False
         self.deployed = False
-        self._attempts = 0
+        # Of the whole lifetime: downloads of each deployment that were interrupted.
+        self._attempts: Counter[str] = Counter()
         self._cuts = 0
         self.helped = False
 
@@ -441,12 +443,12 @@ class Contract:
             if len(set(parts)) < len(parts) and not self._facts.damaged():
                 self._broken(f"says {line!r}, one thing twice")
         if match := _ATTEMPT.match(line):
-            self._attempts += 1
-            said = (int(match[1]), int(match[2]))
+            self._attempts[match[3]] += 1
+            said, attempts = (int(match[1]), int(match[2])), self._attempts[match[3]]
             # It is said before it is on record, and the power may go in between.
             sure = not self._cuts and not self._facts.damaged()
-            if said[1] != ATTEMPTS or (sure and said[0] != self._attempts):
-                self._broken(f"says {line!r}, and it is number {self._attempts} of {ATTEMPTS}")
+            if said[1] != ATTEMPTS or (sure and said[0] != attempts):
+                self._broken(f"says {line!r}, and it is number {attempts} of {ATTEMPTS}")
         if match := _ARMED.search(line):
             named, _ = self._facts.next()
             if match[1] != named or match[1] == self._facts.running():
@@ -505,7 +507,6 @@ class Contract:
     def deploy(self) -> None:
         """A deployment begins."""
         self.deployed, self.helped = True, False
-        self._attempts = self._cuts = 0
 
     def told(self, job: Job) -> None:
         """The daemon has nothing more to do with a deployment."""
@@ -527,8 +528,9 @@ class Contract:
                 self._broken(f"told the server that {job.id} failed, and sent no log")
             # That a download is to be tried again is not on record: a cut in the Cleanup behind it
             # ends the deployment.
-            if BROKE in job.cause and not self._cuts and self._attempts != ATTEMPTS:
-                self._broken(f"gave {job.id} up after {self._attempts} downloads: {job.cause}")
+            attempts = self._attempts[job.id]
+            if BROKE in job.cause and not self._cuts and attempts != ATTEMPTS:
+                self._broken(f"gave {job.id} up after {attempts} downloads: {job.cause}")
 
     def status(self, lines: Sequence[str], recorded: Recorded) -> None:
         """The client's status was read, and what the store holds."""

@@ -130,6 +130,16 @@ def test_a_daemon_that_is_killed_anywhere_is_survived(laboratory: Laboratory, th
     assert held.get(then, "state ArtifactReboot") in said
 
 
+def test_a_log_that_was_removed_may_still_be_open(laboratory: Laboratory) -> None:
+    schedule = dataclasses.replace(
+        PAUSED,
+        faults=(Fault(257, "error", "kept", 672042),),
+        actions=("deploy", "rollback", "deploy", "cycle"),
+        scripts="",
+    )
+    assert passes(live(laboratory, schedule))
+
+
 # Planted bugs.
 
 

@@ -212,7 +212,7 @@ class Api(DeviceApi):
 
 
 class _Open(NamedTuple):
-    """An open file: its name ("" for the directory, or nothing at all), whether it is appended."""
+    """An open file: its name ("" for the directory, or a removed one), whether it is appended."""
 
     name: str
     appends: bool
@@ -284,12 +284,15 @@ class _Files:
 
     def fstat(self, handle: int) -> os.stat_result:
         """Its size, and nothing else."""
-        size = self.here.size(self.handles[handle].name)
+        name = self.handles[handle].name
+        size = self.here.size(name) if name else 0
         return os.stat_result((0o100600, 0, 0, 1, 0, 0, size, 0, 0, 0))
 
     def write(self, handle: int, data: bytes) -> int:
         """Write all of it: at the end, or (what is written at once) at the beginning."""
         file = self.handles[handle]
+        if not file.name:
+            return len(data)
         self.here.write(file.name, self.here.size(file.name) if file.appends else 0, bytes(data))
         return len(data)
 
@@ -306,10 +309,14 @@ class _Files:
         self.here.rename(_name(path), _name(to))
 
     def unlink(self, path: str) -> None:
-        """Remove a file."""
-        if not self.here.exists(_name(path)):
+        """Remove a file; what is written to it by who has it open is gone with it."""
+        name = _name(path)
+        if not self.here.exists(name):
             raise _missing(path)
-        self.here.remove(_name(path))
+        self.here.remove(name)
+        for handle, file in self.handles.items():
+            if file.name == name:
+                self.handles[handle] = _Open("", appends=False)
 
     def sync(self) -> None:
         """Write everything; like Linux's, it says nothing of what failed."""
