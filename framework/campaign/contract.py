@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from framework.targets.simulated.device import AT_BOOT, KILLED, Recorded
+from framework.targets.simulated.device import AT_BOOT, DAEMON, KILLED, Recorded
+from framework.targets.simulated.managed import BROKE, ENDED, Job
 from framework.verdict import ContractChecked
 
 _FAILING: Final = frozenset({"ArtifactRollback"})
@@ -62,6 +64,12 @@ AFTER_OF_IMAGES: Final[Mapping[str, frozenset[str]]] = {
     "ArtifactFailure": frozenset({"ArtifactRollback"}),
 }
 """What else it may begin with where slots are switched."""
+AFTER_OF_DEPLOYMENTS: Final[Mapping[str, frozenset[str]]] = {
+    # Held before its installation, or before the restart, and the daemon begins anew.
+    "ArtifactInstall": frozenset({"ArtifactInstall", "ArtifactReboot"}),
+    "ArtifactReboot": frozenset({"ArtifactReboot"}),
+}
+"""What else it may begin with where the daemon does it."""
 BEGUN: Final[Mapping[str, frozenset[str]]] = {
     "ArtifactInstall": frozenset({"ArtifactVerifyReboot"}),
     "ArtifactCommit": frozenset({"ArtifactCommit", "Cleanup"}),
@@ -94,12 +102,17 @@ _INTERRUPTED: Final = re.compile(r"interrupted in ([^\s;,)]+)")
 _WHERE: Final = re.compile(r"([A-Za-z]+)(?:_(Wait|Enter|Leave|Error))?")
 _RECORDED: Final = re.compile(r"(\S+_INCONSISTENT) is recorded")
 _LAST: Final = re.compile(r"last update: (\S+) (\S+) at [-0-9T:]+Z(?:: (.+))?")
+_ATTEMPT: Final = re.compile(r"download attempt (\d+) of (\d+) for deployment (\S+)")
+ATTEMPTS: Final = 20
+"""Downloads of a deployment that the network may break before it has failed."""
 BACKWARD: Final = ("ArtifactRollback_Enter_00", "ArtifactFailure_Enter_00")
 """The scripts of an artifact that are run when its update is rolled back."""
 MIGRATES: Final = "ArtifactInstall_Leave_00"
 """The script without whose end an image must not be kept, even where it starts."""
 MANAGED: Final = ("ArtifactReboot_", "ArtifactRollbackReboot_")
 """The scripts that nobody runs where the update is by hand: the restart is the operator's."""
+RESTARTING: Final = "ArtifactReboot_Enter_00"
+"""The script that is run before a deployment's restart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +149,8 @@ class Contract:
     `tell` gets an event for each promise that was broken.
     `scripted`: the artifact has state scripts, which end at their first try; `slots`: its payload
     is an image, so that what it says of slots is about slots; `initial`: the artifact that is
-    committed at the beginning.
+    committed at the beginning. `deployed`: the update is the daemon's, not somebody's by hand;
+    `helped`: somebody has run a command since it began.
     """
 
     def __init__(
@@ -165,14 +179,26 @@ class Contract:
         self._recorded = ""
         self._committed = initial
         self._unsure = False
+        self.deployed = False
+        # Of the whole lifetime: downloads of each deployment that were interrupted.
+        self._attempts: Counter[str] = Counter()
+        self._cuts = 0
+        self.helped = False
+
+    @property
+    def recorded(self) -> str:
+        """What the client said last that it recorded of ignored errors: "v2_INCONSISTENT"."""
+        return self._recorded
 
     def begin(self, verb: str) -> None:
         """A command begins."""
+        self.helped |= verb not in (DAEMON, AT_BOOT)
         self._verb, self._state, self._said = verb, "", []
 
     def interrupted(self) -> None:
         """Power goes, or the client is killed."""
         self._interruptions += 1
+        self._cuts += 1
         self._open_call = ""
         # An outcome is on record a moment before it is told.
         self._unsure |= self._states[-1:] == ["Cleanup"]
@@ -213,7 +239,8 @@ class Contract:
             )
         if self._verb == AT_BOOT and exit_code != 4 and self._slots and not self._facts.refused():
             named, trial = self._facts.next()
-            if trial and named == self._facts.running():
+            left = self.deployed and self._has("is proved and committed by the daemon")
+            if trial and named == self._facts.running() and not left:
                 self._broken(f"slot {named} is on trial, and stays so once the device is started")
 
     def _restart_is_due(self, exit_code: int) -> None:
@@ -244,6 +271,14 @@ class Contract:
     def _enter(self, state: str) -> None:
         self._call_missing()
         before = self._states[-1] if self._states else "Idle"
+        if state == "Sync" or (self._verb == DAEMON and state == before == "Idle"):
+            # The daemon's own: no update is in it.
+            self._state = ""
+            return
+        if self._verb == DAEMON and state == "Idle" and before == "Cleanup" and not self._state:
+            # It was interrupted, and all but over: on record a moment before it is told.
+            self._forget_update()
+            return
         if state == "Download":
             self._begin_update(before)
         elif not self._state:
@@ -291,6 +326,8 @@ class Contract:
             then = AFTER.get(one, frozenset())
             if self._slots:
                 then |= AFTER_OF_IMAGES.get(one, frozenset())
+            if self.deployed:
+                then |= AFTER_OF_DEPLOYMENTS.get(one, frozenset())
             may |= then if one == before else then - BEGUN.get(one, frozenset())
         if state == "Cleanup" and len(self._states) + self._interruptions >= MOST:
             return
@@ -324,7 +361,7 @@ class Contract:
     def _script(self, name: str) -> None:
         if self._scripted and not self._facts.struck() and name in self._ran:
             self._broken(f"state script {name} was run twice")
-        if name.startswith(MANAGED):
+        if name.startswith(MANAGED) and not self.deployed:
             self._broken(f"state script {name} was run, and the update is by hand")
         if not name.startswith(f"{self._script_state()}_"):
             self._broken(f"state script {name} was run in {self._state}")
@@ -388,6 +425,9 @@ class Contract:
                 self._broken(f"rolled back, and {min(missing)} was not run")
             if match["committed"] and (there := set(BACKWARD) & set(self._ran)):
                 self._broken(f"committed, and {min(there)} was run")
+            restarted = self.deployed and "ArtifactReboot" in self._states
+            if match["committed"] and restarted and RESTARTING not in self._ran:
+                self._broken(f"committed a deployment, and {RESTARTING} was not run")
 
     def _stated(self, line: str) -> None:
         if match := _RECORDED.search(line):
@@ -402,6 +442,13 @@ class Contract:
             parts = line.removeprefix("error: ").split("; then: ")
             if len(set(parts)) < len(parts) and not self._facts.damaged():
                 self._broken(f"says {line!r}, one thing twice")
+        if match := _ATTEMPT.match(line):
+            self._attempts[match[3]] += 1
+            said, attempts = (int(match[1]), int(match[2])), self._attempts[match[3]]
+            # It is said before it is on record, and the power may go in between.
+            sure = not self._cuts and not self._facts.damaged()
+            if said[1] != ATTEMPTS or (sure and said[0] != attempts):
+                self._broken(f"says {line!r}, and it is number {attempts} of {ATTEMPTS}")
         if match := _ARMED.search(line):
             named, _ = self._facts.next()
             if match[1] != named or match[1] == self._facts.running():
@@ -454,6 +501,36 @@ class Contract:
         may = {one for before in self._resumed for one in _on_record(before)}
         if where[1] not in may and not self._facts.damaged():
             self._broken(f"says {line!r}, and it was interrupted in {', '.join(self._resumed)}")
+
+    # What the server was told.
+
+    def deploy(self) -> None:
+        """A deployment begins."""
+        self.deployed, self.helped = True, False
+
+    def told(self, job: Job) -> None:
+        """The daemon has nothing more to do with a deployment."""
+        ends = [status for status in job.told if status in ENDED]
+        if not self._facts.struck() and (len(ends) != 1 or job.told[-1] not in ENDED):
+            self._broken(f"told the server {job.told}")
+        if len(set(ends)) > 1 and not self._facts.damaged():
+            self._broken(f"told the server {job.told}: two ends")
+        if not self._facts.struck() and "downloading" in job.told and "already-installed" in ends:
+            self._broken(f"told the server {job.told}, and installed it")
+        if self._facts.damaged():
+            return
+        if ends[-1:] == ["success"] and self._recorded == f"{job.artifact}_INCONSISTENT":
+            self._broken(f"told the server that {job.id} went well, and recorded {self._recorded}")
+        if ends[-1:] == ["success"] and any(job.left.values()) and not self.helped:
+            self._broken(f"went on, and the server had {job.id} paused: {job.left}")
+        if ends[-1:] == ["failure"]:
+            if not job.logs:
+                self._broken(f"told the server that {job.id} failed, and sent no log")
+            # That a download is to be tried again is not on record: a cut in the Cleanup behind it
+            # ends the deployment.
+            attempts = self._attempts[job.id]
+            if BROKE in job.cause and not self._cuts and attempts != ATTEMPTS:
+                self._broken(f"gave {job.id} up after {attempts} downloads: {job.cause}")
 
     def status(self, lines: Sequence[str], recorded: Recorded) -> None:
         """The client's status was read, and what the store holds."""

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from framework.campaign.contract import Contract, Facts
@@ -36,6 +36,7 @@ from framework.targets.simulated.device import (
 from framework.targets.simulated.drive import Action, PowerLost, Step
 from framework.targets.simulated.filesystem import FileSystem, FileSystemError
 from framework.targets.simulated.laboratory import BOOTLOADERS, SCRIPTS, STRAY, Laboratory
+from framework.targets.simulated.managed import URL, Job, Loss, Server
 from framework.verdict import (
     BootEnvironment,
     BootSeen,
@@ -51,12 +52,15 @@ from framework.verdict import (
     PowerCut,
     RetryEnded,
     Run,
+    ServerTold,
     SlotContent,
     SlotState,
     StatusRead,
     Verdict,
     judge,
 )
+from updater.device.command import EXIT_REBOOT_NEEDED
+from updater.device.config import ServerConfig
 
 RECOVERIES: Final = 40
 """Power cuts that one lifetime may have; a schedule has fewer."""
@@ -85,6 +89,14 @@ INCONSISTENT: Final = "_INCONSISTENT"
 DRIVE_FAULTS: Final = ("cut", "error", "flip", "kill")
 NETWORK_FAULTS: Final = ("break", "corrupt")
 """A download that ends at a byte, or has one byte changed."""
+SERVER_FAULTS: Final[Mapping[str, Loss]] = {"unsent": "request", "unanswered": "answer"}
+"""A request to the management server is lost, or its answer is."""
+MANAGED: Final = ("", "plain", "pauses", "contact", "holds")
+"""Whether there is a management server, and if, what is special about it."""
+PAUSED: Final = ("ArtifactInstall", "ArtifactReboot", "ArtifactCommit")
+"""The states that a server's update control map may have wait."""
+CYCLES: Final = 40
+"""Cycles of the daemon within which a deployment must be over, whatever happens."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -93,8 +105,8 @@ class Fault:
 
     Attributes:
         at: drive operation, counted over the whole lifetime from 1; for a network fault the byte
-            of the artifact.
-        kind: one of DRIVE_FAULTS or NETWORK_FAULTS.
+            of the artifact, for one of the server's the request, from 1.
+        kind: one of DRIVE_FAULTS, NETWORK_FAULTS or SERVER_FAULTS.
         model: the cache model of a cut, by name; "torn:4096" is torn with that granularity.
         seed: of the model's choice.
     """
@@ -114,6 +126,8 @@ class Fault:
             "kill": "client killed behind operation",
             "break": "connection broken at byte",
             "corrupt": "byte changed at",
+            "unsent": "lost request",
+            "unanswered": "lost the answer to request",
         }[self.kind]
         return f"{what} {self.at}"
 
@@ -127,7 +141,8 @@ class Schedule:
         behaviour: of the new image: well, panics, hangs, unhealthy.
         actions: what the operator does after the first start: "stage" (install), "restart",
             "install" (both, the second if the first went well), "rollback", "commit", "resume",
-            "stray" (on a device without update modules, to install what needs one).
+            "stray" (on a device without update modules, to install what needs one), "deploy" (at
+            the server; the daemon does it, and restarts the device), "cycle" (the daemon again).
         early: how often of 256 times the kernel writes a page back unasked.
         seed: of `early`.
         fresh: the client has never run on the device, so that it has no state store.
@@ -135,6 +150,9 @@ class Schedule:
         module: "" for images; else the updates are packages, and this is what their update module
             is like, as `Laboratory.device` takes it.
         bootloader: one of BOOTLOADERS.
+        managed: one of MANAGED: by no server; by one; by one whose update control map pauses the
+            update before PAUSED for a while, or before ArtifactInstall for long; and only committed
+            once the server was reached.
         slot: where v1 is: "a", or "b", so that what a boot loader falls back to without any
             variables is the slot that is updated.
     """
@@ -149,6 +167,7 @@ class Schedule:
     module: str = ""
     bootloader: str = "uboot"
     slot: str = "a"
+    managed: str = ""
 
     @property
     def sick(self) -> bool:
@@ -216,6 +235,8 @@ class Schedule:
                 raise ValueError(f"there is no boot loader {values['bootloader']!r}")
             if values.get("slot", "a") not in SLOT_OFFSETS:
                 raise ValueError(f"there is no slot {values['slot']!r}")
+            if values.get("managed", "") not in MANAGED:
+                raise ValueError(f"there is no managing {values['managed']!r}")
             return cls(faults=faults, actions=actions, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no schedule: {error}") from error
@@ -227,6 +248,7 @@ class Schedule:
         what = f"a package ({self.module})" if self.module else "an image"
         where = " under GRUB" if self.bootloader == "grub" else ""
         where += " from slot b" if self.slot == "b" else ""
+        where += f" with a server ({self.managed})" if self.managed else ""
         did = ", ".join(self.actions)
         return f"{did} {what} that is {self.behaviour}{scripts}{where}: {faults}"
 
@@ -444,6 +466,11 @@ class Life:
         self._hash_drives = hash_drives
         self._drives: list[str] = []
         self._network = [f for f in schedule.faults if f.kind in NETWORK_FAULTS]
+        self.server = Server(self._lose, self._ended)
+        self._told: list[Job] = []
+        self._reached = 0
+        self._requests = 0
+        self._lost = {f.at: f for f in schedule.faults if f.kind in SERVER_FAULTS}
         early = None
         if schedule.early:
             chance, draw = schedule.early, random.Random(schedule.seed)  # noqa: S311 - replays
@@ -468,6 +495,10 @@ class Life:
             early=early,
             network=self._download,
         )
+        if schedule.managed:
+            self._device.managed = ServerConfig(
+                url=URL, require_contact=schedule.managed == "contact"
+            )
         self._device.listener = self._heard
         self._device.ignored_script = self._ignored_script
         self._device.lost_record = self._lose_record
@@ -523,6 +554,11 @@ class Life:
             self._start(self._device.restart)
         elif action == "stray":
             self._command("install", STRAY)
+        elif action == "deploy":
+            self._deploy("v2")
+        elif action == "cycle":
+            self._cycle()
+            self._tell()
         else:
             self._command(action)
 
@@ -538,6 +574,13 @@ class Life:
         exposed = self._drive.operations
         self._plan.disarm()
         self._network.clear()
+        self._lost.clear()
+        if self._schedule.managed:
+            self._start(self._device.restart)
+            self._manage()
+            # And once with nothing to do: what was told is not told again.
+            self._cycle()
+            self._tell(last=True)
         if self._schedule.module and self._drive.peek(0, SLOT_OFFSETS["a"]) != self._environment:
             self._events.append(
                 ContractChecked("a package's update wrote to the boot environment", kept=False)
@@ -592,8 +635,81 @@ class Life:
             return start.ready
         raise AssertionError("more power cuts than any schedule has")
 
+    def _deploy(self, name: str) -> None:
+        self._installing = name
+        self._contract.deploy()
+        self._events.append(InstallStarted(name))
+        pauses = {"pauses": dict.fromkeys(PAUSED, 3), "holds": {PAUSED[0]: 40}}
+        self.server.offer(name, pauses.get(self._schedule.managed, {}))
+        self._manage()
+        self._tell()
+        self._status()
+
+    def _manage(self) -> None:
+        """Let the daemon work until there is nothing to do, or somebody kills it."""
+        for _ in range(CYCLES):
+            job = self.server.job
+            if not self._running or job is None:
+                break
+            command = self._cycle()
+            if command is not None and command.exit_code == KILLED:
+                self._look("after the daemon was killed")
+                break
+        self._look("after the daemon")
+
+    def _cycle(self) -> Command | None:
+        """Have the daemon do one cycle; None when the power went."""
+        if not self._running:
+            return None
+        command: Command | None = None
+        try:
+            command = self._device.manage(self.server)
+        except PowerLost:
+            self._power_went()
+        if command is None:
+            self._start(self._device.start)
+        elif command.exit_code == EXIT_REBOOT_NEEDED:
+            self._look("before the daemon's restart")
+            self._start(self._device.restart)
+        return command
+
+    def _tell(self, *, last: bool = False) -> None:
+        """Judge what the server was told of what is over; in the end everything must be."""
+        told = [job for job in self.server.jobs if (last or job.over) and job not in self._told]
+        for job in self.server.jobs if last else ():
+            self._contract.told(job)
+        self._told += told
+        if told and self._schedule.module:
+            # What a package's installation left is seen at the next start: the newest one's.
+            self._start(self._device.restart)
+            self._say_told(told[-1])
+            return
+        for job in told:
+            if not job.over:
+                self._say_told(job)
+
+    def _ended(self, job: Job) -> None:
+        if not self._schedule.module:
+            self._say_told(job)
+
+    def _say_told(self, job: Job) -> None:
+        # What ended although errors had to be ignored has failed, whatever runs.
+        failed = job.status == "failure"
+        name = (self._contract.recorded if failed else "") or job.artifact
+        self._events.append(ServerTold(name, job.status, job.cause))
+
+    def _lose(self) -> Loss:
+        """What the network loses of the request that is being made."""
+        self._requests += 1
+        fault = self._lost.pop(self._requests, None)
+        if fault is None:
+            return ""
+        self._strike(fault, "network")
+        return SERVER_FAULTS[fault.kind]
+
     def _update(self, name: str, *, restart: bool = True) -> None:
         self._installing = name
+        self._contract.deployed = False
         self._events.append(InstallStarted(name))
         command = self._command("install", name)
         if command is None or command.exit_code == KILLED:
@@ -676,7 +792,13 @@ class Life:
             updating = recorded.updating
             self._contract.status(lines, recorded)
 
-        status = self._device.status(see)
+        try:
+            status = self._device.status(see)
+        except PowerLost:
+            # It may undo what a killed client began, and the power may go in that.
+            self._power_went()
+            self._start(self._device.start)
+            return
         if updating and self._schedule.module:
             return  # what it runs is neither the one nor the other
         if status is not None:
@@ -783,7 +905,8 @@ class Life:
     def _heard(self, line: str) -> None:
         self._contract.heard(line)
         if line.startswith("state ") and not line.startswith("state script"):
-            self._state = line[6:]
+            before, self._state = self._state, line[6:]
+            self._check_contact(before)
             if self._state not in PROVING:
                 self._restarted_untold = False
             if self._state == "Download":
@@ -805,6 +928,18 @@ class Life:
                 self._commits.append(self._restarted_untold)
             self._ignored.commit()
             self._events.append(Committed(name, rest[:1]))
+
+    def _check_contact(self, before: str) -> None:
+        """Whether a deployment is committed before the new system has reached the server."""
+        if self._state == "ArtifactVerifyReboot":
+            self._reached = self.server.reached
+        proved = (before, self._state) == ("ArtifactVerifyReboot", "ArtifactCommit")
+        wanted = self._schedule.managed == "contact" and self._contract.deployed
+        # Who commits by hand takes it upon himself.
+        if proved and wanted and not self._contract.helped and self.server.reached == self._reached:
+            self._events.append(
+                ContractChecked("commits, and the server was not reached before", kept=False)
+            )
 
     def _download(self, location: str, content: bytes) -> tuple[bytes, bool]:
         """Let the network faults strike, each once, in order."""

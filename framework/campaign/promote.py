@@ -62,6 +62,8 @@ def faults_of(laboratory: Laboratory, schedule: Schedule) -> list[Fault]:
     Raises:
         FaultError: one of them has no counterpart.
     """
+    if schedule.managed:
+        raise FaultError("a deployment is simulated only; an update by hand is promoted")
     if schedule.module:
         raise FaultError("a package for an update module is simulated only; an image is promoted")
     operations = {seen.number: seen for seen in trace(laboratory, schedule)}

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from framework.campaign.lifetimes import (
+    MANAGED,
     NETWORK_FAULTS,
+    SERVER_FAULTS,
     Fault,
     Lifetime,
     Schedule,
@@ -76,6 +78,10 @@ MODULES: Final = (
 """Update modules: how they answer, and where they fail."""
 MODULE_SHARE: Final = 12
 """One in so many lifetimes is of a package, where its image could be one."""
+MANAGED_SHARE: Final = 8
+"""One in so many lifetimes is of a device with a management server."""
+REQUESTS: Final = 24
+"""Where the network loses requests to it; a deployment without a fault has 9, a paused one 24."""
 KINDS: Final = ("cut", "cut", "cut", "cut", "error", "flip", "kill", *NETWORK_FAULTS)
 OPERATIONS: Final = 260
 """Where random faults strike; a lifetime without a fault has about 160 operations."""
@@ -215,8 +221,32 @@ def draw(rng: random.Random, bootloader: str = "uboot") -> Schedule:
     if bootloader == MIXED:
         bootloader = BOOTLOADERS[schedule.seed >> 9 & 1]
     slot = "ab"[schedule.seed >> 10 & 1] if bootloader == "grub" else "a"
-    return dataclasses.replace(
+    schedule = dataclasses.replace(
         schedule, scripts=scripts, module=module, bootloader=bootloader, slot=slot
+    )
+    return schedule if (schedule.seed >> 6) % MANAGED_SHARE else _managed(schedule)
+
+
+def _managed(schedule: Schedule) -> Schedule:
+    """The same with a management server: deployed there, and some of its requests are lost."""
+    actions = ["deploy" if a in ("install", "stage") else a for a in schedule.actions]
+    if schedule.seed & 32:
+        actions.append("cycle")
+    kinds = tuple(SERVER_FAULTS)
+    faults = {
+        fault.at: fault
+        for fault in (
+            Fault(one.at % REQUESTS + 1, kinds[one.seed & 1], "kept", one.seed)
+            if one.kind == "corrupt" or (one.kind == "break" and one.seed & 2)
+            else one
+            for one in schedule.faults
+        )
+    }
+    return dataclasses.replace(
+        schedule,
+        faults=tuple(faults.values()),
+        actions=tuple(actions),
+        managed=MANAGED[1 + (schedule.seed >> 3) % (len(MANAGED) - 1)],
     )
 
 
@@ -303,6 +333,12 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         plain = f"{schedule.module.partition('fails=')[0]}fails="
         if schedule.module != plain:
             yield dataclasses.replace(schedule, module=plain)
+    if schedule.managed:
+        by_hand = tuple("install" if a == "deploy" else a for a in schedule.actions)
+        by_hand = tuple(action for action in by_hand if action != "cycle")
+        yield dataclasses.replace(schedule, managed="", actions=by_hand or ("install",))
+        if schedule.managed != "plain":
+            yield dataclasses.replace(schedule, managed="plain")
     if schedule.slot != "a":
         yield dataclasses.replace(schedule, slot="a")
     if schedule.bootloader != "uboot":

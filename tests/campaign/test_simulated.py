@@ -167,6 +167,24 @@ def test_a_client_that_is_killed_anywhere_is_survived(
     assert killed > 40
 
 
+@pytest.mark.parametrize("kind", ["cut", "kill", "error"])
+def test_a_status_that_finds_a_killed_clients_transaction_is_survived(
+    laboratory: Laboratory, kind: str
+) -> None:
+    """Who opens the store next undoes it, with writes of its own, in which anything may strike."""
+    told = []
+    for ahead in range(1, 5):
+        # In the record of ArtifactInstall's end: the journal is there, the pages are half written.
+        lifetime = live(laboratory, Schedule((Fault(65, "kill"), Fault(65 + ahead, kind))))
+        assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
+        assert [strike.kind for strike in lifetime.struck] == ["kill", kind]
+        assert {strike.state for strike in lifetime.struck} == {"ArtifactInstall"}
+        told.append(lifetime.lines[lifetime.lines.index("updater: state ArtifactInstall") + 1])
+    if kind == "cut":
+        # Nothing else ran between the kill and the cut.
+        assert all(line.startswith("BROWNOUT: booting") for line in told), told
+
+
 def test_a_commit_that_rolls_a_package_back_does_not_say_that_all_is_well(
     laboratory: Laboratory,
 ) -> None:

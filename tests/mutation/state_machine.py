@@ -442,6 +442,7 @@ def _special(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
         for at in late[1::3]:
             yield dataclasses.replace(base, faults=(fault(at, "flip"), fault(at + 4)))
     yield from _killed(lifetimes, laboratory, search)
+    yield from _deployed(lifetimes, laboratory, search)
     yield from _damaged(lifetimes, laboratory)
     yield schedule(actions=("stray",))
     for behaviour in ("well", "unhealthy"):
@@ -477,6 +478,55 @@ def _killed(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
                 for command in itertools.islice(commands, 2):
                     actions = ("install", command, "restart")
                     yield dataclasses.replace(base, faults=(fault(at, "kill"),), actions=actions)
+
+
+def _deployed(lifetimes: Any, laboratory: Any, search: Any) -> Iterator[Any]:
+    """The daemon does it: with pauses, lost requests, broken downloads, and killed in its waits."""
+    fault = lifetimes.Fault
+    plain = lifetimes.Schedule(actions=("deploy",), managed="plain")
+    paused = dataclasses.replace(plain, managed="pauses", scripts="ok")
+    for managed in lifetimes.MANAGED[1:]:
+        for behaviour in ("well", "unhealthy"):
+            base = dataclasses.replace(plain, managed=managed, behaviour=behaviour)
+            yield base
+            yield dataclasses.replace(base, module=search.MODULES[1])
+            yield dataclasses.replace(base, module=search.MODULES[0], scripts="ok")
+    broken = tuple(fault(100 + number, "break") for number in range(20))
+    yield dataclasses.replace(plain, faults=broken)
+    yield dataclasses.replace(plain, faults=broken[:2])
+    yield dataclasses.replace(plain, faults=(fault(60_000, "corrupt"),))
+    for request in (4, 5, 7, 9):
+        for kind in lifetimes.SERVER_FAULTS:
+            yield dataclasses.replace(paused, faults=(fault(request, kind),))
+    for base in (paused, dataclasses.replace(paused, module=search.MODULES[1])):
+        steps = lifetimes.trace(laboratory, base)
+        for state in ("Download", "ArtifactInstall", "ArtifactReboot", "ArtifactCommit"):
+            numbers = [step.number for step in steps if step.state == state]
+            for part in (2, 3):
+                at = numbers[len(numbers) * (part - 1) // part]
+                yield dataclasses.replace(base, faults=(fault(at),))
+                yield dataclasses.replace(base, faults=(fault(at, "error"),))
+                for command in ("cycle", "resume", "commit", "rollback"):
+                    actions = ("deploy", command, "cycle")
+                    yield dataclasses.replace(base, faults=(fault(at, "kill"),), actions=actions)
+        # Each record of a wait, and of its end, fails, and what they are in is lost.
+        waits = [step.number for step in steps if step.state == "ArtifactInstall"][4:40:2]
+        for at in waits:
+            yield dataclasses.replace(base, faults=(fault(at, "error"),))
+    module = dataclasses.replace(plain, managed="holds", module=search.MODULES[1])
+    numbers = [
+        s.number for s in lifetimes.trace(laboratory, module) if s.state == "ArtifactInstall"
+    ]
+    for command in ("cycle", "resume", "commit", "rollback"):
+        killed = (fault(numbers[len(numbers) // 2], "kill"),)
+        yield dataclasses.replace(module, faults=killed, actions=("deploy", command, "cycle"))
+    # Killed in the same wait again and again, which is no step forward.
+    held = dataclasses.replace(plain, managed="holds", actions=("deploy", *("cycle",) * 34))
+    steps = lifetimes.trace(laboratory, dataclasses.replace(held, actions=("deploy",)))
+    first = next(step.number for step in steps if step.state == "ArtifactInstall") + 40
+    for ahead in (30, 45):
+        faults = tuple(fault(first + ahead * number, "kill") for number in range(32))
+        yield dataclasses.replace(held, faults=faults)
 
 
 def _damaged(lifetimes: Any, laboratory: Any) -> Iterator[Any]:

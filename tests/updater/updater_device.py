@@ -48,6 +48,9 @@ class FileMachine:
     def free_bytes(self, path: str) -> int:
         return free_bytes(path)
 
+    def sync_all(self) -> None:
+        os.sync()
+
 
 class Killer:
     """Counts effects over all ports; in front of the chosen one the process dies."""

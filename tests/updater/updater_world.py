@@ -316,6 +316,9 @@ class World:
     def free_bytes(self, path: str) -> int:
         return free_bytes(path)
 
+    def sync_all(self) -> None:
+        os.sync()
+
     @contextmanager
     def open(self, location: str) -> Iterator[World]:
         if location != "v2.mender":

@@ -70,6 +70,10 @@ class LinuxMachine:
 
         return free_bytes(path)
 
+    def sync_all(self) -> None:
+        """Make durable what was written to any file."""
+        os.sync()
+
 
 class DirectDevice:
     """A block device, or a file that stands for one, opened for exclusive writing."""

@@ -10,7 +10,6 @@ cryptography, TLS or decompression is loaded.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -322,7 +321,7 @@ class Client:
         if self._current().state is not State.INSTALL or self._current().part is Part.WAIT:
             return
         # What a module made of its download is not known to be durable.
-        os.sync()
+        self.ports.machine.sync_all()
         self._update = self._current()._replace(part=Part.WAIT)
         self._save(fatal=True)
 

@@ -78,6 +78,10 @@ class Machine(Protocol):
         """Return how much may still be written to the file system of `path`; or OSError."""
         ...
 
+    def sync_all(self) -> None:
+        """Make durable what was written to any file, by whatever process; it never fails."""
+        ...
+
 
 class BootEnvironment(Protocol):
     """The boot loader's variables (`bootenv_uboot.py`, `bootenv_grub.py`)."""

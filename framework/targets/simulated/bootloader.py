@@ -11,7 +11,6 @@ A rule can be broken on purpose (`Bootloader.quirks`), so that a search can show
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from framework.disk.ubootenv import UbootEnvironment, build_copy, parse_environment
@@ -99,19 +98,17 @@ class EnvironmentArea(NamedTuple):
 
 def read_copies(drive: Disk, area: EnvironmentArea) -> UbootEnvironment:
     """Read and parse both copies; an unreadable one is an invalid one."""
+    return parse_environment(_contents(drive, area), redundant=True)
+
+
+def _contents(drive: Disk, area: EnvironmentArea) -> list[bytes | None]:
     contents: list[bytes | None] = []
     for offset in area.offsets:
         try:
             contents.append(drive.read(offset, area.size))
         except DriveError:
             contents.append(None)
-    return _parsed(contents[0], contents[1])
-
-
-# The same bytes are looked at again and again, by the device and by its witnesses.
-@lru_cache(maxsize=4096)
-def _parsed(first: bytes | None, second: bytes | None) -> UbootEnvironment:
-    return parse_environment((first, second), redundant=True)
+    return contents
 
 
 class UbootCopies:
@@ -123,6 +120,9 @@ class UbootCopies:
         self._drive = drive
         self._area = area
         self._quirks = quirks
+        # The same bytes are looked at again and again, by the device and by its witnesses.
+        self._last: list[bytes | None] = []
+        self._parsed = UbootEnvironment((), None)
 
     def start(self, loads: Callable[[str], bool]) -> Choice:
         """Run the boot loader once."""
@@ -163,7 +163,11 @@ class UbootCopies:
 
     def seen(self) -> UbootEnvironment:
         """The copies, read from outside the device."""
-        return read_copies(self._drive, self._area)
+        contents = _contents(self._drive, self._area)
+        if contents != self._last:
+            self._parsed = parse_environment(contents, redundant=True)
+            self._last = contents
+        return self._parsed
 
 
 class Bootloader:

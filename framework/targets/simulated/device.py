@@ -35,11 +35,27 @@ from framework.targets.simulated.filesystem import (
     format_region,
 )
 from framework.targets.simulated.grub import format_copies
+from framework.targets.simulated.managed import (
+    BROKE,
+    CONTROL,
+    FILES,
+    Api,
+    Restarting,
+    Server,
+    daemon_module,
+)
 from framework.targets.simulated.packages import PackageModule, read_package
 from updater.device import console
-from updater.device.client import LOST_RECORD, STILL_ARMED, Client, Ports
-from updater.device.command import EXIT_REBOOT_NEEDED, last_word, operate
-from updater.device.config import BootEnvConfig, Config, DownloadConfig, Slot
+from updater.device.client import (
+    LOST_RECORD,
+    STILL_ARMED,
+    Client,
+    LeaveToDaemon,
+    NoObserver,
+    Ports,
+)
+from updater.device.command import EXIT_OK, EXIT_REBOOT_NEEDED, last_word, operate
+from updater.device.config import BootEnvConfig, Config, DownloadConfig, ServerConfig, Slot
 from updater.device.errors import (
     HealthError,
     InterruptedBySignal,
@@ -82,6 +98,11 @@ KILLED: Final = 137
 """The exit code of a command that was killed: 128 + SIGKILL."""
 AT_BOOT: Final = "resume at boot"
 """The command that init runs, for `SimulatedDevice.begins`."""
+DAEMON: Final = "daemon"
+"""The daemon, for `SimulatedDevice.begins`; each of its cycles counts as a command."""
+
+
+NO_OBSERVER: Final = NoObserver()
 
 
 class ImageFile(NamedTuple):
@@ -199,7 +220,8 @@ class SimulatedDevice:
     code behind it; `ignored_script` the name of a state script whose failure comes too late to stop
     anything; `module_called` the state for which the update module is called; `lost_record` is
     called when the client says that it has lost an update's record. `modular`: there is an update
-    module. `commanding`: a command of the client is running.
+    module. `managed` is the configuration's [server]. `commanding`: a command of the client is
+    running.
     """
 
     def __init__(
@@ -218,6 +240,7 @@ class SimulatedDevice:
         self.print: Callable[[str], None] = lambda line: None
         self.lines: list[str] = []
         self.modular = False
+        self.managed = ServerConfig()
         self.listener: Callable[[str], None] = lambda line: None
         self.begins: Callable[[str], None] = lambda verb: None
         self.ends: Callable[[int], None] = lambda code: None
@@ -233,6 +256,11 @@ class SimulatedDevice:
         self._early = early
         self._client = client
         self.commanding = False
+        # The daemon's process: what it has in memory and open, and who in it gets its lines.
+        self._daemon: Any = None
+        self._handles: dict[int, Any] = {}
+        self._listeners: list[Callable[[str], None]] = []
+        self._stores: list[SqliteStore] = []
         vfs.restart()
 
     # What a person or the harness does.
@@ -244,6 +272,7 @@ class SimulatedDevice:
         """
         self.drive.power_on()
         self.image, self.slot = None, ""
+        self._bury_daemon()
         evidence = "no slot can be booted"
         for kernels in range(1, STARTS_LIMIT + 1):
             self.starts += 1
@@ -268,6 +297,7 @@ class SimulatedDevice:
 
     def restart(self) -> Start:
         """Restart in good order: everything is written first."""
+        self._bury_daemon()
         self._unmount()
         return self.start()
 
@@ -276,19 +306,63 @@ class SimulatedDevice:
 
         `at_boot`: it is init that does. A command that is killed ends with KILLED.
         """
+        store = self._store()
+        return self._supervise(
+            AT_BOOT if at_boot else verb,
+            lambda: operate(self._make_client(store, self._observer()), verb, source),
+            store.close,
+        )
+
+    def manage(self, server: Server) -> Command:
+        """Let the daemon go through one cycle, and time pass until the next.
+
+        It is started where it does not run. PowerLost goes through. It ends with
+        EXIT_REBOOT_NEEDED where it has the device restarted, with KILLED where it is killed.
+        """
+
+        def cycle() -> int:
+            if self._daemon is None:
+                self._daemon = self._make_daemon(server)
+            try:
+                self.now += self._daemon.cycle()
+            except Restarting:
+                return EXIT_REBOOT_NEEDED
+            return EXIT_OK
+
+        FILES.data, FILES.handles = self.data, self._handles
+        console.listeners[:] = self._listeners
+        try:
+            command = self._supervise(DAEMON, cycle, self._close_stores)
+            self._listeners = console.listeners[:]
+        finally:
+            console.listeners.clear()
+        if command.exit_code == KILLED:
+            self._bury_daemon()
+        return command
+
+    def _bury_daemon(self) -> None:
+        self._daemon = None
+        self._listeners = []
+        self._handles = {}
+
+    def _close_stores(self) -> None:
+        for store in self._stores:
+            store.close()
+        self._stores.clear()
+
+    def _supervise(self, verb: str, work: Callable[[], int], close: Callable[[], None]) -> Command:
         causes: list[str] = []
-        self.begins(AT_BOOT if at_boot else verb)
+        self.begins(verb)
 
         def listen(line: str) -> None:
             self._line(line)
             if line.startswith("error: "):
                 causes.append(line[7:])
 
-        store = self._store()
         with console.captured(listen):
             try:
                 self.commanding = True
-                code = operate(self._make_client(store), verb, source)
+                code = work()
             except (InterruptedBySignal, Exception) as error:  # noqa: BLE001 - as `updater` does
                 code = last_word(error)
             except PowerLost:
@@ -297,7 +371,7 @@ class SimulatedDevice:
                 code = KILLED
             finally:
                 self.commanding = False
-                store.close()
+                close()
         if self.drive.killed:
             self.drive.power_on()
             code = KILLED
@@ -310,23 +384,32 @@ class SimulatedDevice:
     ) -> tuple[str, str, str] | None:
         """Return what the client says: the artifact it runs, the last outcome and its cause.
 
-        None when it says nothing but an error. `see` gets the lines that a person sees, and what
-        the store holds.
+        None when it says nothing but an error, or is killed. `see` gets the lines that a person
+        sees, and what the store holds. It may write: what a killed client left half done in the
+        store is undone by whoever opens it next. PowerLost goes through.
         """
         store = self._store()
+        self.commanding = True
         try:
-            client = self._make_client(store)
-            name = client.artifact_name()
+            lines = self._make_client(store).status()
+            name = next((line[9:] for line in lines if line.startswith("running: ")), "")
             last = store.last_outcome()
             update = store.update()
             ended = (last.artifact_name, str(last.result), last.cause) if last else None
             cause = update.cause if update is not None else ""
-            see(client.status(), Recorded(update is not None, cause, ended))
+            see(lines, Recorded(update is not None, cause, ended))
         except StoreError as error:
             self.say(f"status: {error}")
             return None
+        except PowerLost:
+            if not self.drive.killed:
+                raise
+            self.drive.power_on()
+            return None
         finally:
+            self.commanding = False
             store.close()
+        name = name.rpartition(" (slot ")[0]
         return (name, str(last.result), last.cause) if last else (name, "", "")
 
     def package(self) -> str:
@@ -437,9 +520,30 @@ class SimulatedDevice:
 
     # The ports.
 
-    def _make_client(self, store: SqliteStore) -> Client:
+    def _observer(self) -> NoObserver:
+        """Who watches a command: the daemon's business is left to it, as `updater.cli` does."""
+        assert self.data is not None
+        url = self.managed.url
+        left = self.managed.require_contact or (bool(url) and self.data.exists(CONTROL))
+        return LeaveToDaemon() if left else NoObserver()
+
+    def _make_daemon(self, server: Server) -> Any:
+        module = daemon_module()
+        config, clock = self._config(), _Clock(self)
+        api = Api(self.managed, server)
+        log = module.DeploymentLog(config.data_dir, clock)
+        observer = module.ServerObserver(config, api, log, clock)
+
+        def make_client() -> Client:
+            store = self._store()
+            self._stores.append(store)
+            return self._make_client(store, observer)
+
+        return module.Daemon(config, api, observer, log, make_client)
+
+    def _config(self) -> Config:
         assert self.image is not None
-        config = Config(
+        return Config(
             path="updater.toml",
             device_type="simulated",
             data_dir="/data",
@@ -451,7 +555,10 @@ class SimulatedDevice:
             health_directory=None,
             health_timeout_s=30.0,
             download=DownloadConfig(),
+            server=self.managed,
         )
+
+    def _make_client(self, store: SqliteStore, observer: Any = NO_OBSERVER) -> Client:
         ports = Ports(
             machine=_Machine(self),
             bootenv=self.copies,
@@ -466,8 +573,9 @@ class SimulatedDevice:
                 if self.modular and self.data is not None
                 else None
             ),
+            observer=observer,
         )
-        return self._client(config, ports)
+        return self._client(self._config(), ports)
 
     def _store(self) -> SqliteStore:
         return SqliteStore(DATABASE, _Files(self))
@@ -503,6 +611,14 @@ class _Machine:
         assert data is not None
         # The real one has gigabytes where this has pages, and the client wants a MiB.
         return 0 if data.full else 1 << 30
+
+    def sync_all(self) -> None:
+        data = self._device.data
+        assert data is not None
+        try:
+            data.unmount()
+        except FileSystemError:
+            return
 
 
 class _SlotDevice:
@@ -623,7 +739,7 @@ class _Download:
     def readinto(self, buffer: memoryview, /) -> int:
         count = self._file.readinto(buffer)
         if count == 0 and self._breaks:
-            raise TransportError(f"{self._location}: the connection broke, and stayed so")
+            raise TransportError(f"{self._location}: {BROKE}")
         return count
 
 

@@ -136,8 +136,7 @@ class Drive:
 
     def peek(self, offset: int, length: int) -> bytes:
         """Return what the drive holds, readable or not, seen from outside the device."""
-        with memoryview(self._current) as current:
-            return bytes(current[offset : offset + length])
+        return memoryview(self._current)[offset : offset + length].tobytes()
 
     def holds(self, offset: int, content: bytes) -> bool:
         """Say whether the drive holds `content`, readable or not, seen from outside the device."""
@@ -209,7 +208,7 @@ class Drive:
         completed = len(given) - in_flight
         decision = self._decide(model, seed, given, completed) if given else Decision()
         self._apply(medium, given, decision)
-        self._current[:] = medium
+        self._current = medium
         self._start = bytes(medium)
         self._cycle.clear()
         self._closed = 0
