@@ -37,6 +37,7 @@ pytestmark = [
 
 
 @allure.story("Cut without an update")
+@pytest.mark.lg_feature("linux")
 @pytest.mark.parametrize("model", ["subset", "torn"])
 def test_cut_while_applications_write(device: Device, faults: Faults, model: str) -> None:
     """No update is under way: applications write files and sync them, and the power goes."""
