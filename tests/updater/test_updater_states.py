@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from updater_judge import operate, settle
 from updater_world import World, world_artifact
 
-from updater.device import states
-from updater.device.client import Client
-from updater.device.errors import DeadlineError, UpdaterError
-from updater.device.model import State
+from updater.device import command, states
+from updater.device.client import Client, NoObserver
+from updater.device.errors import DeadlineError, InterruptedBySignal, UpdaterError
+from updater.device.model import State, Update
 from updater.device.signals import deferred, limit
 from updater.device.states import TABLE, Event
 
@@ -115,6 +117,37 @@ def test_a_state_past_its_deadline_fails_and_says_so(
     assert outcome is not None
     assert outcome.cause == f"{state} did not finish within 0.2 s"
     assert world.running_image() == "v1"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (State.DOWNLOAD, "interrupted by SIGINT; nothing is lost, run the command again", "v1"),
+        (State.REBOOT, "interrupted by SIGINT; slot b is still armed: the next restart", "v2"),
+    ],
+)
+def test_who_interrupts_an_installation_is_told_what_the_next_restart_starts(
+    tmp_path: Path,
+    artifact: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: tuple[State, str, str],
+) -> None:
+    world = World(tmp_path, artifact)
+    state, said, started = case
+
+    class Impatient(NoObserver):
+        def entering(self, update: Update, entered: State, hold: Callable[[], None]) -> None:
+            if entered is state:
+                raise InterruptedBySignal(signal.SIGINT, "SIGINT")
+
+    client = world.client()
+    client.ports = client.ports._replace(observer=Impatient())
+    with pytest.raises(InterruptedBySignal) as interrupted:
+        command.operate(client, "install", "v2.mender")
+    assert command.last_word(interrupted.value) == 130
+    assert said in capsys.readouterr().err
+    world.restart()
+    assert world.running_image() == started
 
 
 def test_a_cause_survives_every_restart_up_to_the_record(tmp_path: Path, artifact: Path) -> None:

@@ -829,6 +829,16 @@ class Client:
             with deferred():
                 bootenv.settle(self.ports.bootenv, running)
 
+    def waiting_slot(self) -> str:
+        """The slot that is on trial at the next start and does not run; empty if there is none."""
+        try:
+            with deferred():
+                boot = bootenv.read_boot(self.ports.bootenv, self.config.slots)
+                running = self.ports.machine.running_slot(self.config.slots)
+        except UpdaterError:
+            return ""  # what can't be read is told by whoever needs it
+        return boot.slot or "" if boot.trial and boot.slot != running.name else ""
+
     def _boot(self) -> Boot:
         try:
             return bootenv.read_boot(self.ports.bootenv, self.config.slots)

@@ -25,6 +25,9 @@ def operate(client: Client, verb: str, source: str = "") -> int:
             client.install(source)
             return EXIT_OK
         getattr(client, verb)()
+    except InterruptedBySignal as error:
+        error.armed = client.waiting_slot()
+        raise
     except UpdaterError as error:
         if not client.reboot_needed:
             raise
@@ -35,7 +38,12 @@ def operate(client: Client, verb: str, source: str = "") -> int:
 def last_word(error: Exception | InterruptedBySignal) -> int:
     """Say in one line what ended the command; return its exit code."""
     if isinstance(error, InterruptedBySignal):
-        say(f"error: {error}; nothing is lost, run the command again")
+        then = "nothing is lost, run the command again"
+        if error.armed:
+            # The same words as where a roll-back failed; but this restart may end in a commit.
+            then = f"slot {error.armed} is still armed: the next restart starts it, unless it is"
+            then += " rolled back"
+        say(f"error: {error}; {then}")
         return error.exit_code
     known = isinstance(error, UpdaterError) or type(error).__module__.startswith("updater.")
     say(f"error: {error}" if known else f"error: internal: {type(error).__name__}: {error}")

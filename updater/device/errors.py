@@ -69,8 +69,12 @@ class NothingInProgressError(UpdaterError):
 
 
 class InterruptedBySignal(BaseException):
-    """SIGINT or SIGTERM arrived; the state stays as it is and the next run goes on from it."""
+    """SIGINT or SIGTERM arrived; the state stays as it is and the next run goes on from it.
+
+    `armed`: the slot that waits for the next restart all the same; empty if none does.
+    """
 
     def __init__(self, signal_number: int, signal_name: str) -> None:
         super().__init__(f"interrupted by {signal_name}")
+        self.armed = ""
         self.exit_code = 128 + signal_number
