@@ -22,11 +22,6 @@ from framework.campaign.bundle import Bundle, BundleError
 from framework.campaign.steps import Divergence, compare
 from framework.disk import JournalReader, Kind
 
-KINDS: Final = {
-    Kind.WRITE: "write",
-    Kind.DISCARD: "discard",
-    Kind.ZEROES: "write-zeroes",
-}
 RESTED: Final = "rest"
 """The source of the marks in a journal that tell where a machine rested."""
 _FLUSH: Final = "flush of "
@@ -121,7 +116,7 @@ def operations_of(journal: Path) -> Operations:
                 cycle = now
             name = reader.devices[device]
             if Kind(kind) is not Kind.FLUSH:
-                words = f"{KINDS[Kind(kind)]} of {length} bytes at {offset} of {name}"
+                words = f"{Kind(kind).name.lower()} of {length} bytes at {offset} of {name}"
                 open_ones.append((device, offset, length, words))
                 continue
             settle()

@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Final
 
 from framework.disk.errors import DiskError, LayoutError
-from framework.disk.files import ExtReader, LostFile
+from framework.disk.files import EXT_MAGIC, ExtReader, LostFile
 from framework.disk.lazy import LazyDisk, read_exact
 
 _TIMEOUT_S: Final = 120.0
@@ -41,8 +41,7 @@ _PLENTY: Final = 16
 """How often a partition has to fit: several are checked at once."""
 _LEFT_UNCORRECTED: Final = 4
 _MAGIC_AT: Final = 0x38
-_MAGIC: Final = b"\x53\xef"
-"""In a superblock, and in each copy of it."""
+"""Where a superblock, and each copy of it, has its magic."""
 _USUAL: Final = re.compile(
     r"e2fsck [^\n]*|[^\n]*: recovering journal|Pass \d: [^\n]*|"
     r"Free (?:blocks|inodes) count wrong \(\d+, counted=\d+\)\.|Fix\? yes|"
@@ -203,7 +202,7 @@ class Ext4Image:
         for backup in repair.backups:
             with self.path.open("r+b") as file:
                 file.seek(backup * repair.block_bytes + _MAGIC_AT)
-                if file.read(len(_MAGIC)) != _MAGIC:
+                if int.from_bytes(file.read(2), "little") != EXT_MAGIC:
                     continue
                 file.seek(0)
                 file.write(bytes(repair.block_bytes))

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 from framework.disk.errors import DiskError, LayoutError
 
-_EXT_MAGIC: Final = 0xEF53
+EXT_MAGIC: Final = 0xEF53
 _EXTENTS_FLAG: Final = 0x80000
 _INLINE_FLAG: Final = 0x10000000
 _MAX_FILE: Final = 256 << 20
@@ -59,7 +59,7 @@ def open_file_system(source: Source, offset: int, length: int) -> FileSystem:
             boot = source.read(offset, 512)
         except DiskError as error:
             raise LayoutError(source.name, offset, f"no file system: {error}") from error
-        if struct.unpack("<H", magic)[0] == _EXT_MAGIC:
+        if struct.unpack("<H", magic)[0] == EXT_MAGIC:
             return ExtReader(source, offset, length)
         if boot[510:512] == b"\x55\xaa" and struct.unpack_from("<H", boot, 11)[0] in (
             512,
@@ -97,7 +97,7 @@ class ExtReader:
         self._first_block, log_size = struct.unpack_from("<II", super_block, 20)
         (self._inodes_per_group,) = struct.unpack_from("<I", super_block, 40)
         (magic,) = struct.unpack_from("<H", super_block, 56)
-        if magic != _EXT_MAGIC:
+        if magic != EXT_MAGIC:
             raise self._wrong("no ext superblock")
         (revision,) = struct.unpack_from("<I", super_block, 76)
         (self._inode_size,) = struct.unpack_from("<H", super_block, 88) if revision else (128,)

@@ -22,45 +22,28 @@ from pathlib import Path
 from typing import Final
 
 from framework.campaign.composition import Composition, Placed
-from framework.campaign.space import Cell, candidates, choose, expected, stages_of
+from framework.campaign.space import Cell, candidates, choose, ends, expected, stages_of
 from framework.faults import (
     After,
     AfterSwitch,
     AtState,
-    BadCertificate,
     BitFlip,
     BootEnvWrite,
     BrownOut,
     ConsoleSays,
-    DataFull,
     Downloaded,
     Fault,
-    Hang,
-    Interrupt,
-    KernelPanic,
-    LinkDown,
-    NameGone,
-    NetworkDrop,
     OnRecord,
     PowerCut,
-    ProcessKilled,
-    ReadOnly,
-    ServerAnswers,
     SlotWrite,
     StorageError,
     Trigger,
-    WrongContent,
 )
 from framework.targets.rig import rig_features
 
 MOST_RUNS: Final = 600
 A_CAMPAIGN: Final = 300
 """How many compositions of a seed the shares are of."""
-ENDING: Final = (
-    *(PowerCut, KernelPanic, Hang, ProcessKilled, Interrupt, WrongContent, BadCertificate),
-    *(ServerAnswers, StorageError, ReadOnly, NameGone, BitFlip, DataFull),
-)
-"""Faults after which an honest client does not go on with the step."""
 STATES: Final = {
     "install": ("Idle", "Download", "ArtifactInstall", "ArtifactReboot"),
     "prove": ("Idle", "start", "ArtifactVerifyReboot", "ArtifactCommit", "Cleanup"),
@@ -117,15 +100,6 @@ def span(trigger: Trigger | None, stage: str) -> Span:
             return 0.0, 0.0
         case _:
             return (1.0, 1.9)
-
-
-def ends(fault: Fault) -> bool:
-    """Whether an honest client's step ends with the fault."""
-    endless = isinstance(fault, NetworkDrop | LinkDown) and fault.lasts_s is None
-    refuses = isinstance(fault, LinkDown) or (
-        isinstance(fault, NetworkDrop) and fault.kind in ("refuse", "black-hole", "stall")
-    )
-    return isinstance(fault, ENDING) or (endless and refuses)
 
 
 def before(composition: Composition, placed: Placed, until: float) -> bool:

@@ -30,9 +30,7 @@ _captured: Callable[[str], None] | None = None
 
 def say(text: str) -> None:
     """Print `updater: text`. A console that is gone must not stop an update."""
-    line = text
-    if not line.isprintable():
-        line = "".join(char if char.isprintable() else " " for char in text)
+    line = "".join(char if char.isprintable() else " " for char in text)
     for listener in listeners:
         listener(line)
     if _captured is not None:

@@ -18,7 +18,6 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
-from json.encoder import encode_basestring_ascii
 from typing import Final
 
 from framework.targets.simulated.drive import Disk, DriveError, PowerLost
@@ -26,6 +25,7 @@ from framework.targets.simulated.drive import Disk, DriveError, PowerLost
 PAGE: Final = 4096
 _HEAD: Final = struct.Struct("<8sQII")
 _MAGIC: Final = b"SIMDATA1"
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 class FileSystemError(OSError):
@@ -56,27 +56,21 @@ def format_region(content: bytearray, offset: int, length: int) -> None:
 
 
 def _commit_block(generation: int, files: dict[str, tuple[int, list[int]]]) -> bytes:
-    # As JSON, by hand: a commit is made sixteen times in an update.
-    entries = [
-        f"{encode_basestring_ascii(name)}:[{size},[{','.join(map(str, pages))}]]"
-        for name, (size, pages) in files.items()
-    ]
-    body = f"{{{','.join(entries)}}}".encode()
+    body = _ENCODER.encode(files).encode()
     if len(body) > PAGE - _HEAD.size:
         raise FileSystemError(28, "no space left for another file")
     check = zlib.crc32(body, generation & 0xFFFFFFFF)
     return (_HEAD.pack(_MAGIC, generation, len(body), check) + body).ljust(PAGE, b"\0")
 
 
-def _parse_block(block: bytes) -> tuple[int, bytes] | None:
-    """The generation of a commit, and its files as JSON; None if the block is not whole."""
+def _parse_block(block: bytes) -> tuple[int, dict[str, tuple[int, list[int]]]] | None:
     magic, generation, length, check = _HEAD.unpack_from(block)
     if magic != _MAGIC or length > PAGE - _HEAD.size:
         return None
     body = block[_HEAD.size : _HEAD.size + length]
     if zlib.crc32(body, generation & 0xFFFFFFFF) != check:
         return None
-    return generation, body
+    return generation, json.loads(body)
 
 
 class FileSystem:
@@ -105,7 +99,7 @@ class FileSystem:
         if not found:
             raise FileSystemError(5, "no commit block can be read: the data partition is lost")
         self._generation, files, self._where = max(found, key=lambda block: block[0])
-        self._files = {n: _File(size, pages) for n, (size, pages) in json.loads(files).items()}
+        self._files = {n: _File(size, list(pages)) for n, (size, pages) in files.items()}
         self._free = self._unused()
         # Pages of removed files may not be used again before their removal is durable.
         self._freed: list[int] = []
@@ -186,13 +180,7 @@ class FileSystem:
         end = offset + length
         if end > file.size:
             self._grow(file, end)
-        page, at = divmod(offset, PAGE)
-        cached = file.cache.get(page)
         done = 0
-        if cached is not None and 0 < length <= PAGE - at:
-            cached[at : at + length] = data
-            file.dirty.add(page)
-            done = length
         while done < length:
             page, at = divmod(offset + done, PAGE)
             count = min(PAGE - at, length - done)
@@ -208,13 +196,14 @@ class FileSystem:
             self._write_back(file)
 
     def _grow(self, file: _File, end: int) -> None:
-        for page in range(len(file.pages), -(-end // PAGE)):
+        while len(file.pages) * PAGE < end:
             if self.full or not self._free:
                 raise FileSystemError(28, "no space left on the data partition")
-            file.pages.append(self._free.pop())
-            file.cache[page] = bytearray(PAGE)
-            file.dirty.add(page)
-            file.unwritten.add(page)
+            page = self._free.pop()
+            file.cache[len(file.pages)] = bytearray(PAGE)
+            file.dirty.add(len(file.pages))
+            file.unwritten.add(len(file.pages))
+            file.pages.append(page)
             self._changed = True
         file.size = end
         self._changed = True
