@@ -14,6 +14,7 @@ from framework.campaign.contract import Contract, Facts
 from framework.campaign.lifetimes import Fault, Lifetime, Schedule, live, trace
 from framework.targets.simulated.device import Recorded
 from framework.targets.simulated.laboratory import Laboratory
+from framework.targets.simulated.managed import Job
 from framework.verdict import ContractChecked
 from updater.device.client import Client
 from updater.device.errors import UpdaterError
@@ -408,3 +409,38 @@ def test_a_rollback_that_comes_after_the_commit_is_refused(laboratory: Laborator
         assert str(lifetime.verdict) == "PASS", lifetime.schedule.to_json()
         refused += any("nothing to roll back: the update was" in line for line in lifetime.lines)
     assert refused
+
+
+# What the server was told of a deployment.
+
+
+def test_a_deployment_committed_without_the_script_before_its_restart_is_told() -> None:
+    told: list[ContractChecked] = []
+    contract = _contract(told)
+    contract.deploy()
+    contract.begin("resume")
+    for line in (*UP, "state ArtifactVerifyReboot", "state ArtifactCommit", "state Cleanup"):
+        contract.heard(line)
+    contract.heard("committed v2 (slot a)")
+    assert any("ArtifactReboot_Enter_00 was not run" in event.what for event in told), told
+
+
+@pytest.mark.parametrize(
+    ("statuses", "struck", "what"),
+    [
+        (["installing", "success", "failure"], True, "two ends"),
+        (["success"], False, "went well, and recorded v2_INCONSISTENT"),
+    ],
+)
+def test_a_server_that_is_told_what_did_not_happen_is_noticed(
+    statuses: list[str], struck: bool, what: str
+) -> None:
+    told: list[ContractChecked] = []
+    contract = _contract(told, struck=struck)
+    contract.deploy()
+    contract.begin("resume")
+    contract.heard("error: why; v2_INCONSISTENT is recorded")
+    job = Job(1, "v2", {})
+    job.told, job.causes, job.logs = statuses, [""] * len(statuses), 1
+    contract.told(job)
+    assert any(what in event.what for event in told), told
